@@ -1,0 +1,1957 @@
+"""Train a small transformer, pack it under 16,000,000 bytes, and score text with it in bits per byte.
+
+    torchrun --standalone --nproc_per_node=8 train_gpt.py            # the competition model on 8 GPUs
+    PRESET=smoke torchrun --standalone --nproc_per_node=2 train_gpt.py   # minutes on two CPU cores
+    PHASE=eval ARTIFACT_PATH=logs/x.artifact python train_gpt.py     # score an artifact that exists
+
+The file reads in the order in which data flows: settings, process and clock, text, model, optimizers, training,
+artifact, n-gram experts, mixing, scoring, main. A score is valid because of one interface: `predict` is handed
+the tokens before each position and never a target, `score` is the only place where a target meets a
+distribution, and `update` learns from a chunk after its score is fixed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import glob
+import hashlib
+import json
+import lzma
+import math
+import os
+import platform
+import struct
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# ======================================================================================================================
+# Config: every number that a run depends on, read once from the environment and never changed.
+# ======================================================================================================================
+
+CAP_BYTES = 16_000_000  # decimal, script plus artifact
+STAGES = ("roundtrip", "sliding", "ttt", "mixed")
+
+
+class InputError(Exception):
+    """Input that cannot be used. The message is one line: the name, the value and what is allowed."""
+
+
+def setting(default, low=None, high=None, choices=None, shape=False):
+    """A field of Config with its allowed range; `shape` marks what a reader of the artifact must know."""
+    return field(default=default, metadata=dict(low=low, high=high, choices=choices, shape=shape))
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings. A field's environment variable is its name in capitals; the defaults are the competition run."""
+
+    # What to run, on what, and where the files are.
+    preset: str = setting("", choices=("", "smoke"))
+    run_id: str = setting("")  # "" = time and seed
+    phase: str = setting("both", choices=("both", "train", "eval"))
+    seed: int = setting(1337, 0)
+    device: str = setting("auto", choices=("auto", "cpu", "cuda"))
+    dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"))  # of activations; auto: bfloat16 on CUDA
+    compile: bool = setting(True)  # torch.compile, on CUDA only
+    data_path: str = setting("data/datasets/fineweb10B_sp1024")
+    tokenizer_path: str = setting("")  # "" = tokenizer.model inside data_path
+    artifact_path: str = setting("")  # "" = LOG_DIR/RUN_ID.artifact
+    scores_path: str = setting("")  # "" = no per-token record
+    log_dir: str = setting("logs")
+
+    # Model.
+    vocab_size: int = setting(1024, 257, 65536, shape=True)
+    bos_id: int = setting(1, 0, shape=True)
+    num_layers: int = setting(11, 1, shape=True)
+    model_dim: int = setting(512, 16, shape=True)
+    num_heads: int = setting(8, 1, shape=True)
+    num_kv_heads: int = setting(4, 1, shape=True)
+    mlp_mult: float = setting(3.0, 0.125, shape=True)
+    leaky_slope: float = setting(0.5, 0.0, 1.0, shape=True)
+    xsa_last_n: int = setting(4, 0, shape=True)
+    bigram_vocab_size: int = setting(2048, 0, shape=True)  # rows of the hashed bigram embedding; 0 = none
+    bigram_dim: int = setting(128, 1, shape=True)
+    value_residual: bool = setting(True, shape=True)
+    ve_layers: tuple[int, ...] = setting((9, 10), shape=True)  # layers that add a value embedding
+    ve_dim: int = setting(128, 1, shape=True)
+    smear_gate: bool = setting(True, shape=True)
+    rope_dims: int = setting(16, 0, shape=True)  # of each head; 0 = no position encoding
+    rope_base: float = setting(10000.0, 1.0, shape=True)
+    layer_scale: bool = setting(True, shape=True)  # 1 / sqrt(layer + 1) on the input of every sublayer
+    unet_skips: bool = setting(True, shape=True)
+    qk_gain_init: float = setting(1.5, 0.0)
+    logit_softcap: float = setting(30.0, 0.0, shape=True)  # 0 = none
+    tie_embeddings: bool = setting(True, shape=True)
+
+    # Training length and batch.
+    iterations: int = setting(9000, 1)
+    max_wallclock_seconds: float = setting(600.0, 0.0)  # of the training loop; 0 = no cap
+    train_batch_tokens: int = setting(786_432, 1)  # per optimizer step, over all ranks
+    train_seq_len: int = setting(2048, 8)
+    micro_batch_tokens: int = setting(98_304, 8)  # per forward pass and rank, in training and in scoring
+    warmup_steps: int = setting(20, 0)  # compile warm-up on synthetic tokens; all state is restored afterwards
+    lr_warmup_iters: int = setting(20, 0)
+    warmdown_iters: int = setting(3500, 0)
+    train_log_every: int = setting(500, 1)
+    val_loss_every: int = setting(0, 0)  # 0 = not during training
+
+    # Optimizers, averages and what prepares the weights for six bits.
+    matrix_lr: float = setting(0.025, 0.0)
+    scalar_lr: float = setting(0.025, 0.0)
+    tied_embed_lr: float = setting(0.035, 0.0)
+    tied_embed_init_std: float = setting(0.005, 0.0)
+    muon_momentum: float = setting(0.99, 0.0, 1.0)
+    muon_momentum_warmup_start: float = setting(0.92, 0.0, 1.0)
+    muon_momentum_warmup_steps: int = setting(1500, 0)
+    muon_backend_steps: int = setting(5, 1, 20)  # Newton-Schulz iterations
+    muon_wd: float = setting(0.04, 0.0)
+    adam_wd: float = setting(0.04, 0.0)
+    beta1: float = setting(0.9, 0.0, 0.9999)
+    beta2: float = setting(0.95, 0.0, 0.99999)
+    adam_eps: float = setting(1e-8, 0.0)
+    grad_clip_norm: float = setting(0.3, 0.0)  # 0 = none
+    ema_decay: float = setting(0.997, 0.0, 0.999999)
+    swa_every: int = setting(50, 1)
+    swa_start_scale: float = setting(0.2, 0.0, 1.0)  # SWA collects while the learning-rate scale is below this
+    late_qat_threshold: float = setting(0.15, 0.0, 1.0)  # learning-rate scale below which training sees int6 weights
+    crown_q_lambda: float = setting(1.0, 0.0)  # variance of warmdown weight noise, in units of the quantizer's own
+    complement_alpha: float = setting(0.5, 0.0, 1.0)  # 0 = every token weighs the same
+    complement_tokens: int = setting(16_000_000, 1)  # training tokens from which its bigrams are counted
+    matrix_clip_sigmas: float = setting(6.0, 1.0, 64.0)  # int6 range, in standard deviations of the row
+    embed_clip_sigmas: float = setting(16.0, 1.0, 64.0)  # int8 range
+
+    # Scoring.
+    stages: tuple[str, ...] = setting(STAGES, choices=STAGES)  # the last one is the run's score
+    val_tokens: int = setting(0, 0)  # score only the first of them; 0 = the whole stream
+    val_batch_size: int = setting(524_288, 8)  # tokens a chunk where nothing is learned between chunks
+    eval_seq_len: int = setting(2048, 8)
+    eval_stride: int = setting(64, 1)
+    ttt_chunk_tokens: int = setting(32_768, 8)
+    ttt_optimizer: str = setting("sgd", choices=("sgd", "adamw"))
+    ttt_lr: float = setting(0.002, 0.0)
+    ttt_momentum: float = setting(0.9, 0.0, 0.9999)  # sgd only; adamw uses BETA1, BETA2
+    ttt_epochs: int = setting(3, 0)
+    ttt_batch_tokens: int = setting(32_768, 8)  # per step, over all ranks
+    ttt_freeze_blocks: int = setting(0, 0)  # leading blocks that stay as they are
+    ttt_grad_clip: float = setting(1.0, 0.0)
+    ttt_polyak: float = setting(0.0, 0.0, 0.999999)  # decay of the average that predicts; 0 = the last weights
+    ttt_cosine_tokens: int = setting(0, 0)  # stream length over which the rate falls to 0; 0 = constant
+    ttt_byte_weighted: bool = setting(False)
+    ttt_temperature: float = setting(1.0, 0.1, 10.0)
+    mixer: str = setting("hedge", choices=("hedge", "none"))
+    hedge_share: float = setting(0.02, 0.0, 1.0)
+    ngram_discount: float = setting(0.75, 0.01, 0.99)
+
+    @classmethod
+    def from_env(cls, env: dict[str, str]) -> Config:
+        """Settings in force: defaults, then the preset, then the environment. Raises InputError."""
+        refuse_unknown(env)
+        given = {f.name: parse(f, env[f.name.upper()]) for f in dataclasses.fields(cls) if f.name.upper() in env}
+        preset = PRESETS.get(given.get("preset", ""), {})
+        return cls(**{**preset, **given})
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            check_range(f, getattr(self, f.name))
+        for broken, message in self.contradictions():
+            if broken:
+                raise InputError(message)
+
+    def contradictions(self):
+        """Pairs of (is violated, message) for rules over several settings."""
+        head_dim = self.model_dim // self.num_heads
+        both = f"MODEL_DIM={self.model_dim} NUM_HEADS={self.num_heads} NUM_KV_HEADS={self.num_kv_heads}"
+        yield self.model_dim % self.num_heads != 0, f"{both}: the heads must divide MODEL_DIM"
+        yield self.num_heads % self.num_kv_heads != 0, f"{both}: NUM_KV_HEADS must divide NUM_HEADS"
+        rope_fits = self.rope_dims % 2 == 0 and self.rope_dims <= head_dim
+        yield not rope_fits, f"ROPE_DIMS={self.rope_dims}: allowed is an even number up to the head's {head_dim}"
+        layers_exist = all(0 <= layer < self.num_layers for layer in self.ve_layers)
+        yield not layers_exist, f"VE_LAYERS={show(self.ve_layers)}: allowed are layers 0 to {self.num_layers - 1}"
+        yield self.bos_id >= self.vocab_size, f"BOS_ID={self.bos_id}: allowed is less than VOCAB_SIZE={self.vocab_size}"
+        yield self.bigram_vocab_size == 1, "BIGRAM_VOCAB_SIZE=1: allowed are 0 (none) and 2 or more"
+        yield (
+            self.train_batch_tokens < self.train_seq_len,
+            f"TRAIN_BATCH_TOKENS={self.train_batch_tokens}: allowed is at least TRAIN_SEQ_LEN={self.train_seq_len}",
+        )
+        yield (
+            self.eval_stride > self.eval_seq_len,
+            f"EVAL_STRIDE={self.eval_stride}: allowed is at most EVAL_SEQ_LEN={self.eval_seq_len}",
+        )
+        yield (
+            self.ttt_freeze_blocks > self.num_layers,
+            f"TTT_FREEZE_BLOCKS={self.ttt_freeze_blocks}: allowed is at most NUM_LAYERS={self.num_layers}",
+        )
+        yield not self.stages, f"STAGES is empty: allowed are {', '.join(STAGES)}"
+        yield self.run_id != os.path.basename(self.run_id), f"RUN_ID={self.run_id!r}: allowed is a plain file name"
+        no_artifact = self.phase == "eval" and not self.artifact_path
+        yield no_artifact, "PHASE=eval needs ARTIFACT_PATH, the file to score"
+
+    def lines(self) -> list[str]:
+        """Every value in force as NAME=value, in the form in which the environment takes it."""
+        return [f"{f.name.upper()}={show(getattr(self, f.name))}" for f in dataclasses.fields(self)]
+
+    def shape(self) -> dict:
+        """The settings that fix the model's tensors and its function."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["shape"]}
+
+
+PRESETS = {
+    # Trains, compresses and scores in a few minutes on two CPU cores; no wall-clock cap, so two runs agree bit for bit.
+    "smoke": dict(
+        data_path="data/datasets/sample",
+        num_layers=4,
+        model_dim=128,
+        num_heads=4,
+        num_kv_heads=2,
+        xsa_last_n=2,
+        bigram_dim=32,
+        ve_layers=(3,),
+        ve_dim=32,
+        rope_dims=16,
+        iterations=300,
+        max_wallclock_seconds=0.0,
+        train_batch_tokens=8192,
+        train_seq_len=256,
+        micro_batch_tokens=8192,
+        warmup_steps=1,
+        warmdown_iters=150,
+        muon_momentum=0.95,
+        muon_momentum_warmup_steps=100,
+        train_log_every=25,
+        swa_every=5,
+        eval_seq_len=256,
+        ttt_chunk_tokens=4096,
+        ttt_batch_tokens=4096,
+        val_batch_size=16384,
+    ),
+}
+
+# An unknown name with one of these beginnings is taken for a setting, so that EMA_ENABLED=1 is refused and not ignored.
+SETTING_FAMILIES = (
+    *("BIGRAM_", "COMPLEMENT_", "CROWN_Q", "EMA_", "EVAL_", "HEDGE_", "LATE_QAT", "MIXER_", "MUON_", "NGRAM_", "QAT_"),
+    *("ROPE_", "SWA_", "TRAIN_", "TTT_", "VAL_", "VE_", "WARMDOWN_", "WARMUP_", "XSA_"),
+)
+
+
+def refuse_unknown(env: dict[str, str]) -> None:
+    """Raise InputError for a variable that looks like a setting and is none."""
+    known = [f.name.upper() for f in dataclasses.fields(Config)]
+    for name in env:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+        if near:
+            raise InputError(f"unknown setting {name}: did you mean {near[0]}?")
+        family = next((family for family in SETTING_FAMILIES if name.startswith(family)), None)
+        if family:
+            members = ", ".join(k for k in known if k.startswith(family)) or "none"
+            raise InputError(f"unknown setting {name}={env[name]}: known {family.rstrip('_')} settings are {members}")
+
+
+def parse(f: dataclasses.Field, text: str):
+    """The value of a field from its environment text. Raises InputError."""
+    kind = type(f.default)
+    try:
+        if kind is bool:
+            return {"0": False, "1": True}[text]
+        if kind is tuple:
+            parts = [part.strip() for part in text.split(",") if part.strip()]
+            return tuple(parts) if f.metadata["choices"] else tuple(map(int, parts))
+        return kind(text)
+    except (ValueError, KeyError):
+        allowed = {bool: "0 or 1", int: "a whole number", float: "a number", tuple: "whole numbers with commas"}[kind]
+        raise InputError(f"{f.name.upper()}={text!r} does not parse: allowed is {allowed}") from None
+
+
+def check_range(f: dataclasses.Field, value) -> None:
+    """Raise InputError if a field's value is outside what its declaration allows."""
+    low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
+    if choices is not None:
+        bad = [part for part in (value if isinstance(value, tuple) else (value,)) if part not in choices]
+        if bad:
+            allowed = ", ".join(repr(choice) for choice in choices)
+            raise InputError(f"{f.name.upper()}={bad[0]!r} is not known: allowed are {allowed}")
+    elif isinstance(value, (int, float)):
+        above = low is None or value >= low
+        below = high is None or value <= high
+        if not (math.isfinite(value) and above and below):
+            allowed = f"{low} to {high}" if high is not None else f"{low} or more"
+            raise InputError(f"{f.name.upper()}={value} is out of range: allowed is {allowed}")
+
+
+def show(value) -> str:
+    """A setting's value as the environment would spell it."""
+    if isinstance(value, bool):
+        return str(int(value))
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+# ======================================================================================================================
+# Run: this process among its ranks, its device, its log and its clock. All use of torch.distributed is here; with one
+# rank every collective is the identity, so that nothing below asks how many ranks there are.
+# ======================================================================================================================
+
+
+class Run:
+    """One process of a run. Ranks, devices and the run's name are settled here."""
+
+    def __init__(self, config: Config):
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self.device = self.choose_device(config)
+        self.dtype = {
+            "float32": torch.float32,
+            "bfloat16": torch.bfloat16,
+            "auto": torch.bfloat16 if self.device.type == "cuda" else torch.float32,
+        }[config.dtype]
+        self.compiles = config.compile and self.device.type == "cuda"
+        if self.world_size > 1:
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.log_path: Path | None = None
+
+    @staticmethod
+    def choose_device(config: Config) -> torch.device:
+        if config.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("DEVICE=cuda: no CUDA device is available; allowed here are 'auto' and 'cpu'")
+        if config.device == "cpu" or not torch.cuda.is_available():
+            return torch.device("cpu")
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        return device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def open_log(self, c: Config) -> str:
+        """Claim the run's files, on the main rank, and return the run's name. Raises InputError if one exists."""
+        run_id = self.broadcast(lambda: c.run_id or time.strftime("%Y%m%d_%H%M%S") + f"_seed{c.seed}")
+        if self.is_main:
+            self.log_path = Path(c.log_dir) / f"{run_id}.txt"
+            written = [self.log_path, self.log_path.with_suffix(".json"), Path(c.scores_path or os.devnull + "/")]
+            written += [artifact_path(c, run_id)] if c.phase != "eval" else []
+            for path in written:
+                if path.is_file():
+                    raise InputError(f"RUN_ID={run_id}: {path} exists and would be overwritten; choose another name")
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+        return run_id
+
+    def log(self, text: str = "") -> None:
+        """Print a line and append it to the log, on the main rank."""
+        if not self.is_main:
+            return
+        print(text, flush=True)
+        if self.log_path:
+            with open(self.log_path, "a", encoding="utf-8") as file:
+                file.write(text + "\n")
+
+    def broadcast(self, make, *arguments):
+        """make(*arguments), called on the main rank only and handed to all: other nodes need not have the files."""
+        box = [make(*arguments) if self.is_main else None]
+        if self.world_size > 1:
+            dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max(self, value: float) -> float:
+        """The largest of the ranks' values, so that all of them decide alike."""
+        if self.world_size == 1:
+            return value
+        box = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX)
+        return box.item()
+
+    def sum_gradients(self, params: list[nn.Parameter]) -> None:
+        """Add up the ranks' gradients in one message; a parameter that this rank did not touch counts as zero."""
+        for p in params:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        if self.world_size == 1 or not params:
+            return
+        flat = self.sum(torch.cat([p.grad.flatten() for p in params]))
+        for p, grad in zip(params, flat.split([p.numel() for p in params]), strict=True):
+            p.grad.copy_(grad.view_as(p))
+
+    def share(self, n: int, granule: int = 1) -> slice:
+        """This rank's contiguous part of n items, cut at multiples of `granule`; the parts of all ranks cover n."""
+        units = -(-n // granule)
+        first, last = units * self.rank // self.world_size, units * (self.rank + 1) // self.world_size
+        return slice(min(first * granule, n), min(last * granule, n))
+
+    def gather(self, part: Tensor, rows: slice, n: int) -> Tensor:
+        """All n rows from the ranks' parts: [m, ...] on each rank at `rows` -> [n, ...] on every rank."""
+        if self.world_size == 1:
+            return part
+        whole = part.new_zeros(n, *part.shape[1:])
+        whole[rows] = part
+        return self.sum(whole)
+
+    def reduce_scatter(self, bank: Tensor) -> Tensor:
+        """Sum [world_size * m, ...] over ranks and keep this rank's m entries."""
+        if self.world_size == 1:
+            return bank
+        shard = bank.new_empty(bank.shape[0] // self.world_size, *bank.shape[1:])
+        dist.reduce_scatter_tensor(shard, bank)
+        return shard
+
+    def all_gather(self, shard: Tensor) -> Tensor:
+        """[m, ...] of each rank -> [world_size * m, ...]."""
+        if self.world_size == 1:
+            return shard
+        bank = shard.new_empty(shard.shape[0] * self.world_size, *shard.shape[1:])
+        dist.all_gather_into_tensor(bank, shard.contiguous())
+        return bank
+
+    def wrap(self, model: nn.Module):
+        """The model as it should be called: compiled on CUDA, itself elsewhere."""
+        return torch.compile(model, dynamic=False, fullgraph=True) if self.compiles else model
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def hardware(self) -> str:
+        if self.device.type == "cuda":
+            return f"{self.world_size} x {torch.cuda.get_device_name(self.device)}"
+        return f"{self.world_size} process(es) on CPU, {torch.get_num_threads()} thread(s) each, {platform.machine()}"
+
+    def close(self) -> None:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Clock:
+    """Seconds that count against a budget; validation stops it."""
+
+    def __init__(self, run: Run):
+        self.run, self.total = run, 0.0
+        self.resume()
+
+    def resume(self) -> None:
+        self.run.synchronize()
+        self.started = time.perf_counter()
+
+    def seconds(self) -> float:
+        return self.total + time.perf_counter() - self.started
+
+    @contextmanager
+    def stopped(self):
+        self.run.synchronize()
+        self.total = self.seconds()
+        yield
+        self.resume()
+
+
+# ======================================================================================================================
+# Text: shards of token ids, the bytes that a token stands for, and the order in which training and scoring read them.
+# ======================================================================================================================
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+
+
+def read_shard(path: str | Path) -> np.ndarray:
+    """Memory-mapped uint16 token ids [n] of a challenge shard.
+
+    The format is 256 little-endian int32 (magic, version, n, zeros), then n uint16. Raises InputError for a wrong
+    magic, version or length.
+    """
+    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
+    if len(header) < SHARD_HEADER_INTS:
+        raise InputError(f"shard {path}: {4 * len(header)} bytes; allowed is {4 * SHARD_HEADER_INTS} or more")
+    magic, version, n_tokens = (int(number) for number in header[:3])
+    if magic != SHARD_MAGIC:
+        raise InputError(f"shard {path}: magic {magic}; allowed is {SHARD_MAGIC}")
+    if version != SHARD_VERSION:
+        raise InputError(f"shard {path}: version {version}; allowed is {SHARD_VERSION}")
+    size_bytes = os.path.getsize(path)
+    expected_bytes = 4 * SHARD_HEADER_INTS + 2 * n_tokens
+    if n_tokens <= 0 or size_bytes != expected_bytes:
+        raise InputError(f"shard {path}: {size_bytes} bytes; its header's {n_tokens} tokens take {expected_bytes}")
+    return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS)
+
+
+def find_shards(config: Config, split: str) -> list[str]:
+    """Paths of the `train` or `val` shards in DATA_PATH, in order. Raises InputError if there is none."""
+    pattern = os.path.join(config.data_path, f"*_{split}_*.bin")
+    paths = sorted(glob.glob(pattern))
+    if not paths:
+        raise InputError(f"DATA_PATH={config.data_path}: no shard matches {pattern}; data/prepare.py makes them")
+    return paths
+
+
+def check_ids(tokens: np.ndarray, config: Config, where: str) -> np.ndarray:
+    """The tokens as int64, or InputError if one is past the vocabulary."""
+    top = int(tokens.max())
+    if top >= config.vocab_size:
+        raise InputError(f"{where}: token id {top}; allowed is less than VOCAB_SIZE={config.vocab_size}")
+    return tokens.astype(np.int64)
+
+
+class Tokenizer:
+    """A SentencePiece model, checked against the settings and the data it is used with.
+
+    `start_bytes[y]` and `inside_bytes[y]` ([V] int64) are the UTF-8 bytes that token y adds to the decoded text right
+    after a BOS and elsewhere. They differ when the tokenizer's own decoder drops a document's leading space.
+    """
+
+    def __init__(self, config: Config):
+        path = config.tokenizer_path or os.path.join(config.data_path, "tokenizer.model")
+        if not os.path.isfile(path):
+            raise InputError(f"TOKENIZER_PATH={path}: no such file")
+        self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        try:
+            self.sp = sentencepiece.SentencePieceProcessor(model_file=path)
+        except RuntimeError:
+            raise InputError(f"TOKENIZER_PATH={path}: not a SentencePiece model") from None
+        self.check(path, config)
+        ids = range(self.sp.vocab_size())
+        self.start_bytes = torch.tensor([self.added_bytes(i, at_start=True) for i in ids])
+        self.inside_bytes = torch.tensor([self.added_bytes(i, at_start=False) for i in ids])
+        self.bos_id = config.bos_id
+
+    def check(self, path: str, config: Config) -> None:
+        """Raise InputError unless the tokenizer is the one that the settings and the shards speak of."""
+        size, bos = self.sp.vocab_size(), self.sp.bos_id()
+        if size != config.vocab_size:
+            raise InputError(f"TOKENIZER_PATH={path} has {size} pieces; VOCAB_SIZE={config.vocab_size} must match")
+        if bos != config.bos_id:
+            raise InputError(f"TOKENIZER_PATH={path} has BOS id {bos}; BOS_ID={config.bos_id} must match")
+        if not any(self.sp.is_byte(i) for i in range(size)):
+            raise InputError(f"TOKENIZER_PATH={path} has no byte pieces; without them text has no exact byte count")
+        manifest = Path(config.data_path) / "manifest.json"
+        if manifest.is_file():
+            expected = json.loads(manifest.read_text()).get("tokenizer_sha256", self.sha256)
+            if expected != self.sha256:
+                raise InputError(f"TOKENIZER_PATH={path}: sha256 differs from the one that {manifest} names")
+
+    def added_bytes(self, token: int, at_start: bool) -> int:
+        """UTF-8 bytes of one token, measured with the tokenizer's decoder; a byte piece is one byte anywhere."""
+        if self.sp.is_byte(token):
+            return 1
+        if self.sp.is_control(token) or self.sp.is_unknown(token) or self.sp.is_unused(token):
+            return 0
+        piece = self.sp.id_to_piece(token)
+        text = self.sp.decode([token]) if at_start else piece.replace("\u2581", " ")
+        return len(text.encode("utf-8"))
+
+    def count_bytes(self, previous: Tensor, tokens: Tensor) -> Tensor:
+        """Bytes that each token adds after the one before it: int64, shaped like `tokens`, on the CPU."""
+        previous, tokens = previous.cpu(), tokens.cpu()
+        return torch.where(previous == self.bos_id, self.start_bytes[tokens], self.inside_bytes[tokens])
+
+
+class TrainLoader:
+    """Training sequences in an order that visits each once before any twice, the same at every world size.
+
+    The shards are cut into spans of TRAIN_SEQ_LEN tokens (plus one, the last target). Sequence i of the run is span
+    (offset + i * stride) mod n with the stride coprime to n, so consecutive sequences come from all over the data.
+    """
+
+    def __init__(self, config: Config, run: Run):
+        self.config, self.run, self.seq_len = config, run, config.train_seq_len
+        self.paths = find_shards(config, "train")
+        self.shards = [read_shard(path) for path in self.paths]
+        self.ends = np.cumsum([(len(shard) - 1) // self.seq_len for shard in self.shards])
+        n = int(self.ends[-1])
+        if n == 0:
+            raise InputError(f"TRAIN_SEQ_LEN={self.seq_len}: no training shard in {config.data_path} is that long")
+        self.offset = int(np.random.default_rng(config.seed).integers(n))
+        self.stride = next(s for s in range(max(1, round(0.618 * n)), 2 * n + 2) if math.gcd(s, n) == 1)
+        self.batch_seqs = config.train_batch_tokens // self.seq_len
+
+    def sequence(self, i: int) -> np.ndarray:
+        """Token ids [TRAIN_SEQ_LEN + 1] of the run's i-th sequence."""
+        span = (self.offset + i * self.stride) % int(self.ends[-1])
+        shard = int(np.searchsorted(self.ends, span, side="right"))
+        start = (span - (int(self.ends[shard - 1]) if shard else 0)) * self.seq_len
+        return check_ids(self.shards[shard][start : start + self.seq_len + 1], self.config, self.paths[shard])
+
+    def batch(self, step: int) -> Tensor:
+        """This rank's sequences of an optimizer step: int64 [n, TRAIN_SEQ_LEN + 1] on the device; n may be 0."""
+        mine = self.run.share(self.batch_seqs)
+        first = step * self.batch_seqs
+        rows = [self.sequence(first + i) for i in range(mine.start, mine.stop)]
+        block = np.stack(rows) if rows else np.empty((0, self.seq_len + 1), dtype=np.int64)
+        return torch.from_numpy(block).to(self.run.device)
+
+    def head(self, n_tokens: int) -> np.ndarray:
+        """The first tokens of the first shard, the same on every rank."""
+        return check_ids(self.shards[0][:n_tokens], self.config, self.paths[0])
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Positions [start, start + n) of the stream; the i-th of them predicts tokens[i + 1] from all up to tokens[i]."""
+
+    start: int
+    tokens: Tensor  # [n + 1] int64
+    is_last: bool
+
+    @property
+    def inputs(self) -> Tensor:
+        return self.tokens[:-1]
+
+    @property
+    def targets(self) -> Tensor:
+        return self.tokens[1:]
+
+
+class Stream:
+    """The validation text as one stream of tokens, scored left to right; its first token, a BOS, is given."""
+
+    def __init__(self, config: Config, device: torch.device):
+        paths = find_shards(config, "val")
+        tokens = np.concatenate([check_ids(read_shard(path), config, path) for path in paths])
+        if len(tokens) <= config.eval_seq_len:
+            least = f"more than EVAL_SEQ_LEN={config.eval_seq_len}"
+            raise InputError(f"DATA_PATH={config.data_path}: validation has {len(tokens)} tokens; allowed is {least}")
+        self.whole = config.val_tokens == 0 or config.val_tokens >= len(tokens) - 1
+        if not self.whole:
+            tokens = tokens[: config.val_tokens + 1]
+        self.tokens = torch.from_numpy(tokens)
+        self.documents = int((self.tokens[:-1] == config.bos_id).sum())
+        self.device = device
+
+    def __len__(self) -> int:
+        """Positions to score."""
+        return len(self.tokens) - 1
+
+    def chunks(self, chunk_tokens: int):
+        """The stream cut every `chunk_tokens` positions."""
+        for start in range(0, len(self), chunk_tokens):
+            stop = min(start + chunk_tokens, len(self))
+            yield Chunk(start, self.tokens[start : stop + 1].to(self.device), stop == len(self))
+
+
+def windows(first: int, last: int, stride: int, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The windows that answer for the stream's positions [first, last), as arrays (start, low, high).
+
+    Window k reads inputs [k * stride, k * stride + seq_len) and answers for its last `stride` positions, window 0 for
+    all of its own: every position has exactly one window, whatever [first, last) it is asked for in. Stride = seq_len
+    gives disjoint windows.
+    """
+    owner = [max(0, (position - (seq_len - stride)) // stride) for position in (first, last - 1)]
+    start = np.arange(owner[0], owner[1] + 1) * stride
+    low = np.where(start == 0, 0, start + seq_len - stride)
+    return start, np.maximum(low, first), np.minimum(start + seq_len, last)
+
+
+# ======================================================================================================================
+# Kernels: the operations with more than one implementation, behind one name each.
+# ======================================================================================================================
+
+
+def find_flash_attention_3():
+    """FlashAttention 3's function on a Hopper GPU, or None; PyPI has stubs, so the function is what counts."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return None
+    try:
+        from flash_attn_interface import flash_attn_func
+    except ImportError:
+        return None
+    return flash_attn_func if callable(flash_attn_func) else None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, flash_attn_3=None) -> Tensor:
+    """Causal attention with grouped KV heads: q [B, T, H, D], k and v [B, T, KV, D] -> [B, T, H, D]."""
+    if flash_attn_3 is not None:
+        y = flash_attn_3(q, k, v, causal=True)
+        return y[0] if isinstance(y, tuple) else y
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+# ======================================================================================================================
+# Model: blocks and GPT. One forward, tokens in and logits out, serves training, scoring and test-time training.
+# ======================================================================================================================
+
+
+def rms_norm(x: Tensor) -> Tensor:
+    """Root-mean-square norm over the last dimension, without weights."""
+    return F.rms_norm(x, (x.shape[-1],))
+
+
+def shift(x: Tensor) -> Tensor:
+    """x moved one position later along dimension 1, zeros first: what position t - 1 held, seen from t."""
+    return F.pad(x[:, :-1], (0, 0) * (x.dim() - 2) + (1, 0))
+
+
+class Linear(nn.Linear):
+    """A bias-free linear map whose float32 weight is cast to the activations' type where it is used."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class BigramEmbedding(nn.Module):
+    """A hashed embedding of (token, token before it); the last row stands for 'none before', as after a BOS."""
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.rows, self.bos_id = c.bigram_vocab_size, c.bos_id
+        self.emb = nn.Embedding(c.bigram_vocab_size, c.bigram_dim)
+        self.proj = Linear(c.bigram_dim, c.model_dim)
+        self.scale = nn.Parameter(torch.tensor(0.05))
+
+    def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        hashed = torch.bitwise_xor(36313 * tokens, 27191 * shift(tokens)) % (self.rows - 1)
+        alone = tokens == self.bos_id
+        alone[:, 0] = True
+        hashed = hashed.masked_fill(alone, self.rows - 1)
+        return self.scale.to(dtype) * self.proj(self.emb(hashed).to(dtype))
+
+
+class SmearGate(nn.Module):
+    """Adds to each embedding a gated part of the one before it; the gate reads 12 channels (modded-nanogpt).
+
+    Closed where the token is a BOS: a document must not see how the one before it ended (PR #1855).
+    """
+
+    CHANNELS = 12
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.bos_id = c.bos_id
+        self.gate = nn.Parameter(torch.zeros(self.CHANNELS))
+        self.scale = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        gate = self.scale * torch.sigmoid(x[..., : self.CHANNELS].float() @ self.gate)
+        gate = gate.masked_fill(tokens == self.bos_id, 0.0)
+        return x + gate.unsqueeze(-1).to(x.dtype) * shift(x)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention: QK norm, partial rotary embedding, value residual, exclusive self-attention."""
+
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.model_dim // c.num_heads
+        kv_dim = self.kv_heads * self.head_dim
+        self.q, self.k, self.v = (Linear(c.model_dim, n) for n in (c.model_dim, kv_dim, kv_dim))
+        self.out = Linear(c.model_dim, c.model_dim)
+        self.q_gain = nn.Parameter(torch.full((c.num_heads,), c.qk_gain_init))
+        # ResFormer (arXiv 2410.17897): later layers attend to a mix of their own values and the first layer's.
+        mixes_value = c.value_residual and layer > 0
+        self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if mixes_value else None
+        self.exclusive = layer >= c.num_layers - c.xsa_last_n
+        self.flash_attn_3 = find_flash_attention_3()
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], v_first: Tensor | None, v_extra: Tensor | None):
+        """x [B, T, C] -> (y [B, T, C], v [B, T, KV, D] of this layer before any mixing)."""
+        batch, seq_len, _ = x.shape
+        q = self.q(x).view(batch, seq_len, self.heads, self.head_dim)
+        k, v_own = (f(x).view(batch, seq_len, self.kv_heads, self.head_dim) for f in (self.k, self.v))
+        v = v_own if v_extra is None else v_own + v_extra.view_as(v_own)
+        if self.value_mix is not None and v_first is not None:
+            mix = self.value_mix.to(v.dtype)
+            v = mix[0] * v_first + mix[1] * v
+        q, k = rotate(rms_norm(q), *rotary), rotate(rms_norm(k), *rotary)
+        q = q * self.q_gain.to(q.dtype)[:, None]
+        y = attention(q, k, v, self.flash_attn_3 if x.is_cuda and x.dtype == torch.bfloat16 else None)
+        if self.exclusive:
+            y = remove_own_value(y, v)
+        return self.out(y.reshape(batch, seq_len, -1)), v_own
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first 2R channels of x [B, T, H, D] by cos, sin [T, R]; the others pass."""
+    half = cos.shape[-1]
+    if half == 0:
+        return x
+    cos, sin = cos[:, None].to(x.dtype), sin[:, None].to(x.dtype)
+    a, b, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return torch.cat([a * cos + b * sin, b * cos - a * sin, rest], dim=-1)
+
+
+def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
+    """Exclusive self-attention (PR #265): y [B, T, H, D] less its part along the position's own value [B, T, KV, D]."""
+    batch, seq_len, heads, head_dim = y.shape
+    unit = F.normalize(v, dim=-1).unsqueeze(3)
+    grouped = y.reshape(batch, seq_len, v.shape[2], heads // v.shape[2], head_dim)
+    return (grouped - (grouped * unit).sum(-1, keepdim=True) * unit).view_as(y)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each on the normed input; the stem's output x0 is mixed in first."""
+
+    def __init__(self, c: Config, layer: int):
+        super().__init__()
+        hidden = round(c.mlp_mult * c.model_dim)
+        self.attn = Attention(c, layer)
+        self.up, self.down = Linear(c.model_dim, hidden), Linear(hidden, c.model_dim)
+        self.resid_mix = nn.Parameter(torch.stack([torch.ones(c.model_dim), torch.zeros(c.model_dim)]))
+        self.attn_scale = nn.Parameter(torch.ones(c.model_dim))
+        self.mlp_scale = nn.Parameter(torch.ones(c.model_dim))
+        self.leaky_slope = c.leaky_slope
+        self.input_scale = 1 / math.sqrt(layer + 1) if c.layer_scale else 1.0
+
+    def forward(self, x: Tensor, x0: Tensor, rotary, v_first: Tensor | None, v_extra: Tensor | None):
+        """x, x0 [B, T, C] -> (x [B, T, C], v [B, T, KV, D])."""
+        mix, attn_scale, mlp_scale = (p.to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
+        x = mix[0] * x + mix[1] * x0
+        y, v = self.attn(rms_norm(x) * self.input_scale, rotary, v_first, v_extra)
+        x = x + attn_scale * y
+        hidden = F.leaky_relu(self.up(rms_norm(x) * self.input_scale), self.leaky_slope).square()
+        return x + mlp_scale * self.down(hidden), v
+
+
+class GPT(nn.Module):
+    """The transformer. All parameters are float32; activations have the type `dtype`."""
+
+    def __init__(self, c: Config, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.dtype, self.logit_softcap, self.ve_layers = dtype, c.logit_softcap, c.ve_layers
+        self.tok_emb = nn.Embedding(c.vocab_size, c.model_dim)
+        self.bigram = BigramEmbedding(c) if c.bigram_vocab_size else None
+        self.smear = SmearGate(c) if c.smear_gate else None
+        if c.ve_layers:
+            self.value_emb = nn.Embedding(c.vocab_size, c.ve_dim)
+            self.value_proj = Linear(c.ve_dim, c.num_kv_heads * c.model_dim // c.num_heads)
+            self.value_scale = nn.Parameter(torch.full((len(c.ve_layers),), 0.1))
+        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.num_layers))
+        # U-Net: the second half of the layers takes back what the first half put out, latest first.
+        self.encoder_layers = c.num_layers // 2 if c.unet_skips else 0
+        self.skip_scale = nn.Parameter(torch.ones(self.encoder_layers, c.model_dim))
+        self.head = None if c.tie_embeddings else Linear(c.model_dim, c.vocab_size)
+        seq_len = max(c.train_seq_len, c.eval_seq_len)
+        frequency = c.rope_base ** -(torch.arange(c.rope_dims // 2).float() / max(1, c.rope_dims // 2))
+        angle = torch.outer(torch.arange(seq_len).float(), frequency)
+        self.register_buffer("cos", angle.cos(), persistent=False)
+        self.register_buffer("sin", angle.sin(), persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, c: Config) -> GPT:
+        """Orthogonal maps into each sublayer, zeros out of it, small embeddings; alike on all ranks."""
+        generator = torch.Generator().manual_seed(c.seed)
+        for name, p in self.named_parameters():
+            if name == "tok_emb.weight":
+                nn.init.normal_(p, std=c.tied_embed_init_std, generator=generator)
+            elif name == "value_emb.weight":
+                nn.init.normal_(p, std=0.01, generator=generator)
+            elif name.endswith(INITIALIZED_TO_ZERO):
+                nn.init.zeros_(p)
+            elif p.dim() == 2 and name.endswith(".weight"):
+                nn.init.orthogonal_(p, generator=generator)
+            else:
+                assert name.endswith(INITIALIZED_BY_CONSTRUCTOR), f"parameter {name} has no initialization"
+        return self
+
+    def forward(self, tokens: Tensor, keep: int = 0) -> Tensor:
+        """Token ids [B, T] -> logits, float32 [B, T, V], or [B, keep, V] for the last `keep` positions only."""
+        x = self.tok_emb(tokens).to(self.dtype)
+        if self.bigram is not None:
+            x = x + self.bigram(tokens, self.dtype)
+        if self.smear is not None:
+            x = self.smear(x, tokens)
+        x = rms_norm(x)
+        x = rms_norm(self.run_blocks(x, tokens))
+        x = x[:, -keep:] if keep else x
+        logits = F.linear(x, self.tok_emb.weight.to(x.dtype)) if self.head is None else self.head(x)
+        logits = logits.float()
+        cap = self.logit_softcap
+        return cap * torch.tanh(logits / cap) if cap else logits
+
+    def run_blocks(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """All layers over the stem's output [B, T, C]."""
+        seq_len = tokens.shape[1]
+        rotary = (self.cos[:seq_len], self.sin[:seq_len])
+        value = self.value_proj(self.value_emb(tokens).to(x.dtype)) if self.ve_layers else None
+        x0, v_first, skips = x, None, []
+        for layer, block in enumerate(self.blocks):
+            if layer >= self.encoder_layers and skips:
+                x = x + self.skip_scale[layer - self.encoder_layers].to(x.dtype) * skips.pop()
+            v_extra = None
+            if layer in self.ve_layers:
+                v_extra = self.value_scale[self.ve_layers.index(layer)].to(x.dtype) * value
+            x, v = block(x, x0, rotary, v_first, v_extra)
+            v_first = v if v_first is None else v_first
+            if layer < self.encoder_layers:
+                skips.append(x)
+        return x
+
+
+INITIALIZED_TO_ZERO = (".out.weight", ".down.weight", "bigram.emb.weight", "value_proj.weight", "head.weight")
+INITIALIZED_BY_CONSTRUCTOR = ("_scale", "_gain", "_mix", ".scale", ".gate")
+
+
+# ======================================================================================================================
+# Optimizers: Muon on the blocks' matrices, AdamW on the rest, and the running averages of the weights.
+# ======================================================================================================================
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan, Muon (2024): quintic that pushes singular values toward 1
+
+
+def zeropower(bank: Tensor, steps: int) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly: float32 [n, rows, cols] -> bfloat16, singular values near 1."""
+    a, b, c = NEWTON_SCHULZ
+    x = bank.bfloat16()
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if tall else x
+
+
+class Muon:
+    """Momentum orthogonalized by Newton-Schulz. Matrices of one shape are stacked into a bank and stepped together.
+
+    With several ranks, the gradient bank is padded to a multiple of their number, reduce-scattered, orthogonalized
+    where it lands, and the updates are gathered; each rank holds the momentum of its own part only.
+    """
+
+    def __init__(self, params: list[nn.Parameter], config: Config, run: Run):
+        self.config, self.run = config, run
+        shapes = sorted({p.shape for p in params}, key=lambda shape: -shape.numel())
+        self.banks = [[p for p in params if p.shape == shape] for shape in shapes]
+        self.momenta = [self.pad_and_stack(bank, torch.zeros_like) for bank in self.banks]
+        self.momenta = [m[: m.shape[0] // run.world_size].clone() for m in self.momenta]
+        self.grads: list[Tensor] = []
+
+    def pad_and_stack(self, bank: list[nn.Parameter], value) -> Tensor:
+        """value(p) of each matrix, stacked, with zero matrices up to a multiple of the world size."""
+        missing = -len(bank) % self.run.world_size
+        return torch.stack([value(p) for p in bank] + [torch.zeros_like(bank[0])] * missing)
+
+    def reduce(self) -> Tensor:
+        """Sum the gradients over ranks, keep this rank's part, and return its squared norm."""
+        self.grads = [self.run.reduce_scatter(self.pad_and_stack(bank, gradient)) for bank in self.banks]
+        return sum(grad.square().sum() for grad in self.grads)
+
+    @torch.no_grad()
+    def step(self, lr: float, momentum: float, clip: Tensor | float) -> None:
+        for bank, grad, buffer in zip(self.banks, self.grads, self.momenta, strict=True):
+            grad.mul_(clip)
+            buffer.mul_(momentum).add_(grad)
+            update = zeropower(grad.add(buffer, alpha=momentum), self.config.muon_backend_steps)  # Nesterov
+            rows, cols = bank[0].shape
+            scale = -lr * math.sqrt(max(1, rows / cols))
+            for p, u in zip(bank, self.run.all_gather(update), strict=False):  # the padding is left over
+                p.mul_(1 - lr * self.config.muon_wd).add_(u, alpha=scale)
+
+
+def gradient(p: nn.Parameter) -> Tensor:
+    """The gradient, or zeros where this rank had no sequence of the batch."""
+    return torch.zeros_like(p) if p.grad is None else p.grad
+
+
+class Optimizers:
+    """Every parameter in exactly one of three groups: matrices (Muon), embeddings and the rest (AdamW)."""
+
+    def __init__(self, model: GPT, config: Config, run: Run):
+        self.config, self.run = config, run
+        named = dict(model.named_parameters())
+        matrices = [p for name, p in named.items() if is_block_matrix(name, p)]
+        embeddings = [p for name, p in named.items() if is_embedding(name)]
+        chosen = {id(p) for p in matrices + embeddings}
+        self.small = embeddings + [p for p in named.values() if id(p) not in chosen]
+        assert len(matrices) + len(self.small) == len(named), "a parameter is in two groups"
+        self.muon = Muon(matrices, config, run)
+        groups = [
+            dict(params=embeddings, base_lr=config.tied_embed_lr),
+            dict(params=self.small[len(embeddings) :], base_lr=config.scalar_lr),
+        ]
+        self.adam = torch.optim.AdamW(
+            groups,
+            lr=0.0,
+            betas=(config.beta1, config.beta2),
+            eps=config.adam_eps,
+            weight_decay=config.adam_wd,
+            fused=run.device.type == "cuda",
+        )
+
+    def step(self, lr_scale: float, muon_momentum: float) -> None:
+        """Sum the gradients over ranks, clip by their joint norm, update, and clear them."""
+        muon_square = self.run.sum(self.muon.reduce())
+        self.run.sum_gradients(self.small)
+        norm = (muon_square + sum(p.grad.square().sum() for p in self.small)).sqrt()
+        clip = (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0) if self.config.grad_clip_norm else 1.0
+        self.muon.step(lr_scale * self.config.matrix_lr, muon_momentum, clip)
+        for group in self.adam.param_groups:
+            group["lr"] = lr_scale * group["base_lr"]
+            for p in group["params"]:
+                p.grad.mul_(clip)
+        self.adam.step()
+        for p in self.small + [p for bank in self.muon.banks for p in bank]:
+            p.grad = None
+
+    def state(self) -> dict:
+        """A copy of everything that steps change, other than the parameters."""
+        return dict(momenta=[m.clone() for m in self.muon.momenta], adam=copy.deepcopy(self.adam.state_dict()))
+
+    def restore(self, state: dict) -> None:
+        for buffer, saved in zip(self.muon.momenta, state["momenta"], strict=True):
+            buffer.copy_(saved)
+        self.adam.load_state_dict(state["adam"])
+
+
+def is_block_matrix(name: str, p: Tensor) -> bool:
+    """One of the blocks' linear maps: Muon steps it, six bits store it."""
+    return name.startswith("blocks.") and p.dim() == 2 and name.endswith(".weight")
+
+
+def is_embedding(name: str) -> bool:
+    """A table indexed by token or by hash, or the output head: AdamW steps it, eight bits store it."""
+    return name.endswith(("emb.weight", "head.weight"))
+
+
+class WeightAverages:
+    """EMA over all steps and SWA over the last ones, in float32: bfloat16 averages lose the updates (PR #2095)."""
+
+    def __init__(self, model: GPT, config: Config):
+        self.params, self.config = list(model.parameters()), config
+        self.ema = [p.detach().clone() for p in self.params]
+        self.swa = [torch.zeros_like(p) for p in self.params]
+        self.swa_count = 0
+
+    @torch.no_grad()
+    def update(self, step: int, lr_scale: float) -> None:
+        """Take in the weights after a step; the EMA forgets faster at first, or a short run would be all start."""
+        decay = min(self.config.ema_decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.ema, self.params, 1 - decay)
+        if lr_scale < self.config.swa_start_scale and step % self.config.swa_every == 0:
+            self.swa_count += 1
+            torch._foreach_lerp_(self.swa, self.params, 1 / self.swa_count)
+
+    def candidates(self) -> dict[str, list[Tensor]]:
+        """The weights to choose from: the last ones, each average, and the average of the averages."""
+        found = {"last": [p.detach().clone() for p in self.params], "ema": self.ema}
+        if self.swa_count:
+            found["swa"] = self.swa
+            found["ema+swa"] = [(e + s) / 2 for e, s in zip(self.ema, self.swa, strict=True)]
+        return found
+
+
+# ======================================================================================================================
+# Training: the schedule, the loss, what prepares the weights for six bits, and the loop.
+# ======================================================================================================================
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What the schedule says of one step."""
+
+    lr_scale: float
+    muon_momentum: float
+    fake_quant: bool  # late QAT: train through the int6 weights
+    weight_noise: bool  # CROWN-Q: train through weights with the quantizer's noise
+
+
+def schedule(step: int, elapsed_seconds: float, c: Config) -> Phase:
+    """The phase of a step, from the step and the clock alone.
+
+    Warm-up and warmdown are given in iterations; where the clock ends the run earlier, the projected number of steps
+    stands in for ITERATIONS, and no warm-up takes more than a tenth, no warmdown more than six tenths of the run.
+    """
+    remaining = c.iterations - step
+    if c.max_wallclock_seconds and step:
+        left_seconds = max(0.0, c.max_wallclock_seconds - elapsed_seconds)
+        remaining = min(remaining, left_seconds / (elapsed_seconds / step))
+    total = step + remaining
+    warmup = min(c.lr_warmup_iters, 0.1 * total)
+    warmdown = min(c.warmdown_iters, 0.6 * total)
+    rising = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    falling = min(1.0, remaining / warmdown) if warmdown else 1.0
+    momentum_warmup = min(c.muon_momentum_warmup_steps, 0.25 * total)
+    reached = min(1.0, step / momentum_warmup) if momentum_warmup else 1.0
+    fake_quant = falling < c.late_qat_threshold
+    return Phase(
+        lr_scale=rising * falling,
+        muon_momentum=c.muon_momentum_warmup_start + reached * (c.muon_momentum - c.muon_momentum_warmup_start),
+        fake_quant=fake_quant,
+        weight_noise=c.crown_q_lambda > 0 and falling < 1.0 and not fake_quant,
+    )
+
+
+def complement_weights(loader: TrainLoader, c: Config, device: torch.device) -> Tensor | None:
+    """Loss weights [V, V] for (token before, target): max(0.1, 1 - alpha * c(x, y) / (C(x) + 1)), PR #803.
+
+    What a bigram count predicts well, the n-gram experts will supply, so the network need not spend itself on it. The
+    counts are of the first COMPLEMENT_TOKENS training tokens, the same on every rank and fixed before the first step.
+    """
+    if not c.complement_alpha:
+        return None
+    tokens = torch.from_numpy(loader.head(c.complement_tokens)).to(device)
+    pairs = torch.bincount(tokens[:-1] * c.vocab_size + tokens[1:], minlength=c.vocab_size**2)
+    pairs = pairs.view(c.vocab_size, c.vocab_size).float()
+    return (1 - c.complement_alpha * pairs / (pairs.sum(1, keepdim=True) + 1)).clamp(min=0.1)
+
+
+def token_nll(model, tokens: Tensor) -> Tensor:
+    """Nats of each target: token ids [B, T + 1] -> float32 [B, T]."""
+    logits = model(tokens[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(tokens.shape[0], -1)
+
+
+def accumulate_gradients(model, batch: Tensor, weights: Tensor | None, c: Config) -> Tensor:
+    """Backward over this rank's part of a batch [n, T + 1], in micro batches; returns the sum of its nats.
+
+    The loss is the batch's mean over all ranks, so the ranks' gradients only need to be added.
+    """
+    total = torch.zeros((), device=batch.device)
+    batch_tokens = c.train_batch_tokens // c.train_seq_len * c.train_seq_len
+    for micro in batch.split(max(1, c.micro_batch_tokens // c.train_seq_len)):
+        if not len(micro):
+            continue
+        nll = token_nll(model, micro)
+        loss = nll if weights is None else nll * weights[micro[:, :-1], micro[:, 1:]]
+        (loss.sum() / batch_tokens).backward()
+        total += nll.detach().sum()
+    return total
+
+
+@contextmanager
+def weights_replaced(params: list[nn.Parameter], replacements: list[Tensor]):
+    """Run with other values in the parameters and then put the float ones back.
+
+    Forward and backward inside see the replacement, the optimizer outside steps the float weights: the straight-through
+    estimator, with no flag in the model that a compiler could fold away (as it did in the published scripts).
+    """
+    floats = [p.detach().clone() for p in params]
+    with torch.no_grad():
+        torch._foreach_copy_(params, replacements)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            torch._foreach_copy_(params, floats)
+
+
+@torch.no_grad()
+def fake_quantized(model: GPT, c: Config):
+    """Late QAT: the weights as the artifact will hold them, by the artifact's own quantizer."""
+    params = quantized_parameters(model)
+    rounded = [dequantize(*quantize(p, *quantizer_of(name, c))) for name, p in params.items()]
+    return weights_replaced(list(params.values()), rounded)
+
+
+@torch.no_grad()
+def noisy(model: GPT, c: Config, step: int, device: torch.device):
+    """CROWN-Q in a form that acts: weights plus uniform noise as wide as the quantizer's step, times sqrt(lambda).
+
+    The expected loss is L + lambda * sum_i H_ii * step_i^2 / 24, the curvature penalty that CROWN-Q (PR #693) stands
+    for, with the loss's own curvature H. The published lambda * mean(w^2) * step^2 / 12 takes w^2 for H and divides by
+    the number of weights: its gradient is a millionth of the loss's (tests/test_training.py measures it).
+    """
+    generator = torch.Generator(device).manual_seed(c.seed * 1_000_003 + step)
+    params, replacements = quantized_parameters(model), []
+    for name, p in params.items():
+        step_size = quantize(p, *quantizer_of(name, c))[1].float().unsqueeze(1)
+        noise = torch.rand(p.shape, generator=generator, device=device) - 0.5
+        replacements.append(p + math.sqrt(c.crown_q_lambda) * step_size * noise)
+    return weights_replaced(list(params.values()), replacements)
+
+
+def training_weights(model: GPT, phase: Phase, c: Config, step: int, device: torch.device):
+    """The weights that a step's forward and backward see."""
+    if phase.fake_quant:
+        return fake_quantized(model, c)
+    return noisy(model, c, step, device) if phase.weight_noise else nullcontext()
+
+
+def warm_up(model: GPT, called, optimizers: Optimizers, c: Config, run: Run) -> None:
+    """Compile everything that a step runs, on synthetic tokens, and then put all state back as it was."""
+    weights = [p.detach().clone() for p in model.parameters()]
+    state = optimizers.state()
+    generator = torch.Generator().manual_seed(c.seed)
+    mine = run.share(c.train_batch_tokens // c.train_seq_len)
+    shape = (mine.stop - mine.start, c.train_seq_len + 1)
+    for step in range(c.warmup_steps):
+        batch = torch.randint(c.vocab_size, shape, generator=generator).to(run.device)
+        accumulate_gradients(called, batch, None, c)
+        optimizers.step(lr_scale=1.0, muon_momentum=c.muon_momentum)
+        run.log(f"warmup_step:{step + 1}/{c.warmup_steps}")
+    with torch.no_grad():
+        torch._foreach_copy_(list(model.parameters()), weights)
+    optimizers.restore(state)
+
+
+def choose_average(model: GPT, called, averages: WeightAverages, loader: TrainLoader, step: int, c: Config, run: Run):
+    """Put in the weights that do best on training sequences not yet seen, each tried as it would be stored.
+
+    Validation text has no part in it. Returns the loss of each candidate in nats per token.
+    """
+    n_batches = max(1, 65_536 // c.train_batch_tokens)
+    losses, candidates = {}, averages.candidates()
+    for name, weights in candidates.items():
+        with weights_replaced(averages.params, weights), fake_quantized(model, c), torch.no_grad():
+            nats = torch.zeros((), device=run.device)
+            for batch in range(step, step + n_batches):
+                for micro in loader.batch(batch).split(max(1, c.micro_batch_tokens // c.train_seq_len)):
+                    nats += token_nll(called, micro).sum()
+        losses[name] = run.sum(nats).item() / (n_batches * loader.batch_seqs * c.train_seq_len)
+    best = min(losses, key=losses.get)
+    with torch.no_grad():
+        torch._foreach_copy_(averages.params, candidates[best])
+    run.log("averages: " + " ".join(f"{name}:{loss:.4f}" for name, loss in losses.items()) + f" chosen:{best}")
+    return losses
+
+
+def train(model: GPT, c: Config, run: Run, stream: Stream | None, tokenizer: Tokenizer) -> dict:
+    """Train the model in place within ITERATIONS and MAX_WALLCLOCK_SECONDS; returns the run record's `train` part.
+
+    Raises InputError if the loss stops being finite.
+    """
+    loader, optimizers, called = TrainLoader(c, run), Optimizers(model, c, run), run.wrap(model)
+    run.log(f"train_loader:dataset:{c.data_path} train_shards:{len(loader.shards)} sequences:{loader.ends[-1]}")
+    warm_up(model, called, optimizers, c, run)
+    clock = Clock(run)
+    averages = WeightAverages(model, c)
+    weights = complement_weights(loader, c, run.device)
+    step, elapsed, was = 0, 0.0, None
+    while step < c.iterations and not (c.max_wallclock_seconds and elapsed >= c.max_wallclock_seconds):
+        phase = schedule(step, elapsed, c)
+        log_phase_change(was, phase, step, run)
+        with training_weights(model, phase, c, step, run.device):
+            nats = accumulate_gradients(called, loader.batch(step), weights, c)
+        optimizers.step(phase.lr_scale, phase.muon_momentum)
+        averages.update(step, phase.lr_scale)
+        step, was = step + 1, phase
+        elapsed = run.max(clock.seconds())
+        if step <= 5 or step % c.train_log_every == 0 or step == c.iterations:
+            log_step(step, f"train_loss:{finite_loss(nats, step, loader, c, run):.4f}", elapsed, c, run)
+        if c.val_loss_every and step % c.val_loss_every == 0:
+            with clock.stopped():
+                log_step(step, validate(called, stream, tokenizer, c, run), elapsed, c, run)
+    if step < c.iterations:
+        run.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{step}/{c.iterations}")
+    choose_average(model, called, averages, loader, step, c, run)
+    if run.device.type == "cuda":
+        run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB")
+    return dict(
+        steps=step,
+        seconds=round(elapsed, 3),
+        seconds_with_averaging=round(run.max(clock.seconds()), 3),
+        tokens=step * loader.batch_seqs * c.train_seq_len,
+        step_avg_ms=round(1000 * elapsed / step, 3),
+    )
+
+
+def log_phase_change(was: Phase | None, now: Phase, step: int, run: Run) -> None:
+    """Say when the late parts of the schedule set in."""
+    if now.weight_noise and not (was and was.weight_noise):
+        run.log(f"crown_q:enabled step:{step} scale:{now.lr_scale:.4f}")
+    if now.fake_quant and not (was and was.fake_quant):
+        run.log(f"late_qat:enabled step:{step} scale:{now.lr_scale:.4f}")
+
+
+def finite_loss(nats: Tensor, step: int, loader: TrainLoader, c: Config, run: Run) -> float:
+    """Nats per token of a step's batch over all ranks. Raises InputError if it is not finite."""
+    loss = run.sum(nats).item() / (loader.batch_seqs * c.train_seq_len)
+    if not math.isfinite(loss):
+        raise InputError(f"train_loss={loss} at step {step}: allowed is a finite loss; lower MATRIX_LR={c.matrix_lr}?")
+    return loss
+
+
+def log_step(step: int, losses: str, elapsed: float, c: Config, run: Run) -> None:
+    """One progress line."""
+    timing = f"train_time:{1000 * elapsed:.0f}ms step_avg:{1000 * elapsed / step:.2f}ms"
+    run.log(f"step:{step}/{c.iterations} {losses} {timing}")
+
+
+def validate(called, stream: Stream, tokenizer: Tokenizer, c: Config, run: Run) -> str:
+    """The validation score of the weights as they are, for the log; nothing is decided by it."""
+    result = score(Frozen(called, c, run, stride=c.eval_seq_len), stream, tokenizer, c.val_batch_size, run)
+    return f"val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f}"
+
+
+# ======================================================================================================================
+# Artifact: the file that holds the model. Settings and numbers only, in the order of the model's own parameters, so
+# that no name is stored and nothing in the file is ever executed.
+# ======================================================================================================================
+
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
+PREFIX = struct.Struct("<5sBI32s")  # magic, version, header bytes, sha256 of all that follows
+LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
+SMALLEST_SCALE = 2.0**-24  # of float16
+
+
+def quantizer_of(name: str, c: Config) -> tuple[int, float]:
+    """(bits, range in standard deviations) of a stored tensor."""
+    return (8, c.embed_clip_sigmas) if is_embedding(name) else (6, c.matrix_clip_sigmas)
+
+
+def quantized_parameters(model: GPT) -> dict[str, nn.Parameter]:
+    """The parameters that are stored as integers with a scale a row; all others are stored as float16."""
+    return {name: p for name, p in model.named_parameters() if p.dim() == 2 and name.endswith(".weight")}
+
+
+def quantize(w: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, Tensor]:
+    """Float [rows, cols] -> (int8 symbols [rows, cols], float16 step size [rows]).
+
+    The range is `clip_sigmas` standard deviations of the row (SDClip, PR #1394): the entropy of the symbols, and with
+    it the size of the file, then depends on this number and hardly on the weights.
+    """
+    top = 2 ** (bits - 1) - 1
+    scale = (clip_sigmas / top) * w.float().square().mean(dim=1).sqrt()
+    scale = scale.clamp(min=SMALLEST_SCALE).half()
+    symbols = (w.float() / scale.float().unsqueeze(1)).round().clamp(-top, top)
+    return symbols.to(torch.int8), scale
+
+
+def dequantize(symbols: Tensor, scale: Tensor) -> Tensor:
+    """The float32 weights that (symbols, scale) stand for."""
+    return symbols.float() * scale.float().unsqueeze(1)
+
+
+def pack(model: GPT, c: Config, tokenizer_sha256: str) -> bytes:
+    """The artifact's bytes. Raises InputError for a weight that is not finite."""
+    parts: dict[str, list[bytes]] = {"matrices": [], "embeddings": [], "scales": [], "float16": []}
+    quantized = quantized_parameters(model)
+    for name, p in model.named_parameters():
+        if not torch.isfinite(p).all():
+            raise InputError(f"weight {name} is not finite; allowed are finite weights only")
+        if name in quantized:
+            symbols, scale = quantize(p.detach(), *quantizer_of(name, c))
+            parts["embeddings" if is_embedding(name) else "matrices"].append(as_bytes(symbols))
+            parts["scales"].append(as_bytes(scale))
+        else:
+            parts["float16"].append(as_bytes(p.detach().half()))
+    streams = {part: compress(b"".join(pieces)) for part, pieces in parts.items()}
+    sizes = {part: len(stream) for part, stream in streams.items()}
+    header = json.dumps(dict(model=c.shape(), tokenizer=tokenizer_sha256, parts=sizes), separators=(",", ":")).encode()
+    body = header + b"".join(streams.values())
+    prefix = PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header), hashlib.sha256(body).digest())
+    return prefix + body
+
+
+def as_bytes(tensor: Tensor) -> bytes:
+    return tensor.cpu().contiguous().numpy().tobytes()
+
+
+def compress(raw: bytes) -> bytes:
+    return lzma.compress(raw, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file so that a reader, or a crash, never finds half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def read_artifact(path: str | Path) -> tuple[dict, dict[str, bytes]]:
+    """(header with the file's size added, raw bytes of each part). Raises InputError unless whole and unaltered."""
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"ARTIFACT_PATH={path}: {error.strerror}") from None
+    if len(data) < PREFIX.size or data[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
+        raise InputError(f"ARTIFACT_PATH={path}: not an artifact; it must begin with {ARTIFACT_MAGIC.decode()}")
+    _, version, header_bytes, digest = PREFIX.unpack_from(data)
+    if version != ARTIFACT_VERSION:
+        raise InputError(f"ARTIFACT_PATH={path}: version {version}; allowed is {ARTIFACT_VERSION}")
+    body = data[PREFIX.size :]
+    if hashlib.sha256(body).digest() != digest:
+        raise InputError(f"ARTIFACT_PATH={path}: checksum differs; the file is truncated or altered")
+    header = {**json.loads(body[:header_bytes]), "file_bytes": len(data)}
+    parts, start = {}, header_bytes
+    for part, size in header["parts"].items():
+        parts[part] = lzma.decompress(body[start : start + size], format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+        start += size
+    return header, parts
+
+
+def with_shape_of(c: Config, header: dict, env: dict[str, str]) -> Config:
+    """The settings with the artifact's model in them. Raises InputError if the environment asks for another model."""
+    shape = {name: tuple(value) if isinstance(value, list) else value for name, value in header["model"].items()}
+    for name, value in shape.items():
+        if name.upper() in env and getattr(c, name) != value:
+            raise InputError(f"{name.upper()}={show(getattr(c, name))}: the artifact's model has {show(value)}")
+    return dataclasses.replace(c, **shape)
+
+
+def unpack(parts: dict[str, bytes], c: Config, run: Run) -> GPT:
+    """The model that an artifact's parts hold, on the run's device. Raises InputError if their sizes do not fit."""
+    model = GPT(c, run.dtype)
+    quantized, position = quantized_parameters(model), dict.fromkeys(parts, 0)
+
+    def take(part: str, kind: str, shape: torch.Size) -> Tensor:
+        size = np.dtype(kind).itemsize * shape.numel()
+        piece = parts[part][position[part] : position[part] + size]
+        if len(piece) < size:
+            raise InputError(f"artifact: part {part} has {len(parts[part])} bytes, fewer than its model needs")
+        position[part] += size
+        return torch.from_numpy(np.frombuffer(piece, dtype=kind).copy()).view(shape)
+
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name in quantized:
+                symbols = take("embeddings" if is_embedding(name) else "matrices", "i1", p.shape)
+                p.copy_(dequantize(symbols, take("scales", "<f2", p.shape[:1])))
+            else:
+                p.copy_(take("float16", "<f2", p.shape))
+    if any(position[part] != len(raw) for part, raw in parts.items()):
+        raise InputError("artifact: more bytes than its model needs")
+    return model.to(run.device)
+
+
+def artifact_record(path: Path, header: dict, tokenizer: Tokenizer, run: Run) -> dict:
+    """Script and artifact against the cap, logged by part.
+
+    Raises InputError that names the excess if they are over it, or if the artifact speaks of another tokenizer.
+    """
+    if header["tokenizer"] != tokenizer.sha256:
+        raise InputError(f"ARTIFACT_PATH={path}: its model's tokenizer has another sha256 than TOKENIZER_PATH's")
+    code_bytes, model_bytes = os.path.getsize(__file__), header["file_bytes"]
+    total = code_bytes + model_bytes
+    sizes = {"header": model_bytes - sum(header["parts"].values()), **header["parts"]}
+    for part, size in sizes.items():
+        run.log(f"artifact part {part}: {size} bytes")
+    run.log(f"Code size: {code_bytes} bytes")
+    run.log(f"Serialized model int6+lzma: {model_bytes} bytes")
+    run.log(f"Total submission size int6+lzma: {total} bytes cap:{CAP_BYTES} margin:{CAP_BYTES - total}")
+    if total > CAP_BYTES:
+        excess = total - CAP_BYTES
+        raise InputError(f"artifact {path}: {total} bytes with the script, {excess} over the cap of {CAP_BYTES}")
+    return dict(
+        path=str(path),
+        code_bytes=code_bytes,
+        model_bytes=model_bytes,
+        total_bytes=total,
+        cap_bytes=CAP_BYTES,
+        part_bytes=sizes,
+    )
+
+
+# ======================================================================================================================
+# Experts: n-gram counts of the tokens scored so far, and the full-vocabulary distributions made from them.
+# ======================================================================================================================
+
+
+class NgramCounts:
+    """Exact counts of (context, token) for orders 1 to `order`, and interpolated absolute discounting over them.
+
+    An entry's key is context * V + token, with the context itself the number that its tokens spell in base V: keys are
+    exact, so a context's counts always add up to its total and every row sums to one.
+    """
+
+    def __init__(self, vocab_size: int, discount: float, device: torch.device, order: int = 3):
+        self.vocab_size, self.discount, self.order = vocab_size, discount, order
+        self.keys = [torch.empty(0, dtype=torch.int64, device=device) for _ in range(order)]
+        self.counts = [torch.empty(0, dtype=torch.int64, device=device) for _ in range(order)]
+        self.tail = torch.empty(0, dtype=torch.int64, device=device)  # the order - 2 tokens before the next input
+
+    def contexts(self, inputs: Tensor, length: int) -> Tensor:
+        """The number of the `length` tokens up to each input, int64 [n]; -1 where the stream is not that long yet."""
+        if length == 0:
+            return torch.zeros_like(inputs)
+        known = torch.cat([self.tail, inputs])
+        missing = max(0, length - 1 - len(self.tail))
+        number = torch.zeros(len(inputs) - missing, dtype=torch.int64, device=inputs.device)
+        for back in reversed(range(length)):
+            stop = len(known) - back
+            number = number * self.vocab_size + known[stop - len(number) : stop]
+        return F.pad(number, (missing, 0), value=-1)
+
+    def distributions(self, inputs: Tensor, rows: slice) -> list[Tensor]:
+        """Log-probabilities after each of inputs[rows], for orders 1, 2, ...: each [m, V], from counts of past chunks.
+
+        p_k(w | h) = max(c(h, w) - d, 0) / C(h) + d D(h) / C(h) p_{k-1}(w | h'), D(h) the number of different tokens
+        seen after h, p_0 uniform; a context not seen passes p_{k-1} on (Ney, Essen & Kneser 1994).
+        """
+        m = rows.stop - rows.start
+        lower = torch.full((m, self.vocab_size), 1.0 / self.vocab_size, device=inputs.device)
+        found = []
+        for k in range(self.order):
+            context, inverse = self.contexts(inputs, k)[rows].unique(return_inverse=True)
+            discounted, left_over = self.sparse_rows(k, context)
+            lower = discounted[inverse].add_(left_over[inverse, None] * lower)
+            found.append(lower.log())
+        return found
+
+    def sparse_rows(self, k: int, context: Tensor) -> tuple[Tensor, Tensor]:
+        """The discounted shares of each context [u] as [u, V], and the mass [u] left for the order below."""
+        begin = torch.searchsorted(self.keys[k], context * self.vocab_size)
+        distinct = torch.searchsorted(self.keys[k], (context + 1) * self.vocab_size) - begin
+        row = torch.repeat_interleave(torch.arange(len(context), device=context.device), distinct)
+        within = torch.arange(len(row), device=row.device) - (distinct.cumsum(0) - distinct)[row]
+        entry = begin[row] + within
+        count = self.counts[k][entry].float()
+        total = torch.zeros(len(context), device=row.device).index_add_(0, row, count)
+        shares = torch.zeros(len(context), self.vocab_size, device=row.device)
+        shares[row, self.keys[k][entry] % self.vocab_size] = (count - self.discount) / total[row]
+        left_over = torch.where(total > 0, self.discount * distinct / total.clamp(min=1), 1.0)
+        return shares, left_over
+
+    def update(self, tokens: Tensor) -> None:
+        """Count the targets of a scored chunk: tokens [n + 1], its inputs and its last target."""
+        inputs, targets = tokens[:-1], tokens[1:]
+        for k in range(self.order):
+            context = self.contexts(inputs, k)
+            new = (context * self.vocab_size + targets)[context >= 0]
+            new_keys, new_counts = new.unique(return_counts=True)
+            self.keys[k], inverse = torch.cat([self.keys[k], new_keys]).unique(return_inverse=True)
+            counts = torch.cat([self.counts[k], new_counts])
+            self.counts[k] = torch.zeros_like(self.keys[k]).index_add_(0, inverse, counts)
+        self.tail = torch.cat([self.tail, inputs])[len(self.tail) + len(inputs) - max(0, self.order - 2) :]
+
+    def state(self) -> list[Tensor]:
+        return [*self.keys, *self.counts, self.tail]
+
+
+# ======================================================================================================================
+# Mixing: several distributions in, one distribution out, with weights that only the past has set.
+# ======================================================================================================================
+
+
+class FixedShareHedge:
+    """Hedge with a fixed share (Herbster & Warmuth 1998) over E experts, its weights moving at every token.
+
+    Learning rate 1 on log loss makes the mixture Bayes' rule: the total loss is at most ln E nats above the best
+    expert's, and the share pays about ln(E / share) nats for each change to another expert. One token is the linear
+    step w <- ((1 - s) diag(g) + (s / E) 1 g^T) w, g_e the probability that expert e gave it, so that the weights before
+    every token of a chunk come from one scan of matrix products instead of a loop over tokens.
+    """
+
+    def __init__(self, experts: int, share: float, device: torch.device):
+        self.share = share
+        self.weights = torch.full((experts,), 1.0 / experts, dtype=torch.float64, device=device)
+
+    def weights_along(self, expert_logp: Tensor) -> Tensor:
+        """expert_logp [n, E] of n realized tokens -> the weights before each of them and after the last: [n + 1, E]."""
+        n, experts = expert_logp.shape
+        if n == 0:
+            return self.weights.unsqueeze(0)
+        gain = (expert_logp - expert_logp.amax(1, keepdim=True)).double().exp()
+        product = (1 - self.share) * torch.diag_embed(gain) + (self.share / experts) * gain.unsqueeze(1)
+        reach = 1
+        while reach < n:  # Hillis-Steele scan: entry t is the product of the last `reach` steps up to t
+            product = torch.cat([product[:reach], product[reach:] @ product[:-reach]])
+            product = product / product.amax((1, 2), keepdim=True)  # the scale is free: weights are normalized
+            reach *= 2
+        after = product @ self.weights
+        along = torch.cat([self.weights.unsqueeze(0), after])
+        return along / along.sum(1, keepdim=True)
+
+    def update(self, expert_logp: Tensor) -> None:
+        """Move past the tokens of a scored chunk."""
+        self.weights = self.weights_along(expert_logp)[-1].clone()
+
+
+# ======================================================================================================================
+# Scoring: predictors, and the one loop that every score in a log comes from.
+# ======================================================================================================================
+
+
+class Frozen:
+    """The model as it is. Row t is the softmax of its logits over the window that answers for position t.
+
+    `predict` leaves all state alone; `update` only takes in which tokens the context now holds. The context is cut from
+    what was given, padded with zeros where the future would be, which causal attention does not look at.
+    """
+
+    def __init__(self, model, c: Config, run: Run, stride: int, temperature: float = 1.0):
+        self.model, self.c, self.run = model, c, run
+        self.stride, self.temperature = stride, temperature
+        self.seen = 0  # positions of the stream before the next chunk
+        self.context = torch.empty(0, dtype=torch.int64, device=run.device)  # the inputs just before it
+
+    @torch.no_grad()
+    def predict(self, inputs: Tensor, rows: slice) -> Tensor:
+        """Log-probabilities float32 [m, V] of the tokens that follow inputs[rows] (token ids [n] of a chunk)."""
+        logp = torch.empty(rows.stop - rows.start, self.c.vocab_size, device=inputs.device)
+        if not len(logp):
+            return logp
+        first, seq_len = self.seen + rows.start, self.c.eval_seq_len
+        starts, lows, highs = windows(first, self.seen + rows.stop, self.stride, seq_len)
+        known = F.pad(torch.cat([self.context, inputs]), (0, seq_len))
+        offset = self.seen - len(self.context)  # position of known[0]
+        batch = max(1, self.c.micro_batch_tokens // seq_len)
+        for b in range(0, len(starts), batch):
+            tokens = known[torch.from_numpy(starts[b : b + batch, None] - offset + np.arange(seq_len)).to(known.device)]
+            keep = int((starts + seq_len - lows)[b : b + batch].max())
+            logits = self.model(tokens, keep).div_(self.temperature)
+            for row, start, low, high in zip(logits, starts[b:], lows[b:], highs[b:], strict=False):
+                answered = row[low - start - seq_len + keep : high - start - seq_len + keep]
+                logp[low - first : high - first] = answered.log_softmax(-1)
+        return logp
+
+    def update(self, tokens: Tensor) -> None:
+        """Move past a scored chunk: tokens [n + 1], its inputs and its last target."""
+        self.context = torch.cat([self.context, tokens[:-1]])[-self.c.eval_seq_len :]
+        self.seen += len(tokens) - 1
+
+    def state(self) -> list[Tensor]:
+        """Every tensor that a prediction depends on."""
+        return [self.context, torch.tensor(self.seen), *self.model.state_dict().values()]
+
+
+class Adapting(Frozen):
+    """Score-first test-time training: `update` trains a copy of the model on the chunk whose scores are fixed.
+
+    Batches are cut from the stream, not from ranks: each rank takes its share of every batch and gradients are summed.
+    """
+
+    def __init__(self, model: GPT, c: Config, run: Run, tokenizer: Tokenizer):
+        self.learner = copy.deepcopy(model)
+        self.average = copy.deepcopy(model) if c.ttt_polyak else self.learner
+        self.called = run.wrap(self.learner)
+        predicting = run.wrap(self.average) if c.ttt_polyak else self.called
+        super().__init__(predicting, c, run, c.eval_stride, c.ttt_temperature)
+        self.tokenizer = tokenizer
+        for block in self.learner.blocks[: c.ttt_freeze_blocks]:
+            block.requires_grad_(False)
+        self.params = [p for p in self.learner.parameters() if p.requires_grad]
+        if c.ttt_optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(self.params, lr=c.ttt_lr, momentum=c.ttt_momentum)
+        else:
+            betas = (c.beta1, c.beta2)
+            self.optimizer = torch.optim.AdamW(self.params, lr=c.ttt_lr, betas=betas, eps=c.adam_eps, weight_decay=0.0)
+
+    def update(self, tokens: Tensor) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        inputs, targets, weights = self.training_sequences(tokens)
+        batch_seqs = max(1, self.c.ttt_batch_tokens // self.c.train_seq_len)
+        for _ in range(self.c.ttt_epochs):
+            for first in range(0, len(inputs), batch_seqs):
+                self.step(*(x[first : first + batch_seqs] for x in (inputs, targets, weights)))
+        super().update(tokens)
+
+    def learning_rate(self) -> float:
+        """TTT_LR, on a cosine over a stream length that is a setting: a prediction must not know the real length."""
+        if not self.c.ttt_cosine_tokens:
+            return self.c.ttt_lr
+        return self.c.ttt_lr * 0.5 * (1 + math.cos(math.pi * min(1.0, self.seen / self.c.ttt_cosine_tokens)))
+
+    def training_sequences(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The chunk [n + 1] as inputs, targets and loss weights, each [sequences, TRAIN_SEQ_LEN]; padding weighs 0."""
+        inputs, targets = tokens[:-1], tokens[1:]
+        weights = torch.ones(len(inputs), device=tokens.device)
+        if self.c.ttt_byte_weighted:
+            weights = self.tokenizer.count_bytes(inputs, targets).to(weights)
+        padding = (0, -len(inputs) % self.c.train_seq_len)
+        return tuple(F.pad(x, padding).view(-1, self.c.train_seq_len) for x in (inputs, targets, weights))
+
+    def step(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
+        """One optimizer step on the weighted mean loss of a batch [sequences, T] that all ranks share."""
+        mine, total_weight = self.run.share(len(inputs)), weights.sum().clamp(min=1.0)
+        for p in self.params:
+            p.grad = None
+        if mine.stop > mine.start:
+            logits = self.called(inputs[mine])
+            nll = F.cross_entropy(logits.flatten(0, 1), targets[mine].flatten(), reduction="none")
+            ((nll * weights[mine].flatten()).sum() / total_weight).backward()
+        self.run.sum_gradients(self.params)
+        if self.c.ttt_grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.params, self.c.ttt_grad_clip)
+        self.optimizer.step()
+        if self.c.ttt_polyak:
+            with torch.no_grad():
+                torch._foreach_lerp_(
+                    list(self.average.parameters()), list(self.learner.parameters()), 1 - self.c.ttt_polyak
+                )
+
+    def state(self) -> list[Tensor]:
+        momenta = [x for slots in self.optimizer.state.values() for x in slots.values() if isinstance(x, Tensor)]
+        return [*super().state(), *self.learner.parameters(), *momenta]
+
+
+class Mixture:
+    """A neural predictor and n-gram experts under one mixer.
+
+    The experts are the neural rows, the neural rows flattened (their square root, normalized: a proper distribution
+    where published mixers put e^-H on every token), and the n-gram rows of each order, all [m, V] log-probabilities.
+    """
+
+    FLATTEN = 0.5
+
+    def __init__(self, neural: Frozen, counts: NgramCounts, c: Config, run: Run):
+        self.neural, self.counts, self.run, self.stride = neural, counts, run, neural.stride
+        self.mixer = FixedShareHedge(2 + counts.order, c.hedge_share, run.device)
+        self.rows, self.experts = slice(0, 0), []  # of the last predict; update reads what each expert said there
+
+    @torch.no_grad()
+    def predict(self, inputs: Tensor, rows: slice) -> Tensor:
+        """Log-probabilities [m, V] of the tokens that follow inputs[rows]; weights use every token up to inputs[t]."""
+        neural = self.neural.predict(inputs, rows)
+        flattened = (self.FLATTEN * neural).log_softmax(-1)
+        self.rows, self.experts = rows, [neural, flattened, *self.counts.distributions(inputs, rows)]
+        weights = self.mixer.weights_along(self.expert_logp(inputs[1:]))[rows].float()
+        mixed = torch.zeros_like(neural)
+        for e, logp in enumerate(self.experts):
+            mixed += weights[:, e, None] * logp.exp()
+        return mixed.log()
+
+    def expert_logp(self, realized: Tensor) -> Tensor:
+        """What each expert said of the chunk's first tokens [k] after its inputs: [k, E], the same on every rank."""
+        rows = slice(self.rows.start, max(self.rows.start, min(self.rows.stop, len(realized))))
+        column = realized[rows].unsqueeze(1)
+        part = torch.cat([logp[: len(column)].gather(1, column) for logp in self.experts], dim=1)
+        return self.run.gather(part, rows, len(realized))
+
+    @torch.no_grad()
+    def update(self, tokens: Tensor) -> None:
+        """Learn from a scored chunk: tokens [n + 1], its inputs and its last target."""
+        self.mixer.update(self.expert_logp(tokens[1:]))
+        self.counts.update(tokens)
+        with torch.enable_grad():
+            self.neural.update(tokens)
+
+    def state(self) -> list[Tensor]:
+        return [self.mixer.weights, *self.counts.state(), *self.neural.state()]
+
+
+def fingerprint(predictor) -> str:
+    """sha256 of every byte of state that the predictor's next rows depend on."""
+    digest = hashlib.sha256()
+    for tensor in predictor.state():
+        digest.update(as_bytes(tensor.detach()))
+    return digest.hexdigest()
+
+
+def make_predictor(stage: str, model: GPT, c: Config, run: Run, tokenizer: Tokenizer):
+    """The predictor of a stage; each starts from the artifact's model."""
+    if stage in ("roundtrip", "sliding"):
+        return Frozen(run.wrap(model), c, run, c.eval_seq_len if stage == "roundtrip" else c.eval_stride)
+    adapting = Adapting(model, c, run, tokenizer)
+    if stage == "ttt" or c.mixer == "none":
+        return adapting
+    return Mixture(adapting, NgramCounts(c.vocab_size, c.ngram_discount, run.device), c, run)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a pass over the stream gave: nats and bytes of every position [N], and what the sums come to."""
+
+    nll_nats: Tensor  # float64
+    token_bytes: Tensor  # int64
+    max_sum_error: float  # largest |sum of a row - 1|
+    seconds: float
+
+    @property
+    def val_loss(self) -> float:
+        """Nats per token."""
+        return self.nll_nats.mean().item()
+
+    @property
+    def val_bpb(self) -> float:
+        """Bits per byte of the decoded text."""
+        return self.nll_nats.sum().item() / math.log(2) / max(1, int(self.token_bytes.sum()))
+
+
+def score(predictor, stream: Stream, tokenizer: Tokenizer, chunk_tokens: int, run: Run, progress=None) -> Score:
+    """Predict, score, update, chunk by chunk from left to right. Raises InputError if a row is no distribution."""
+    clock, worst = Clock(run), 0.0
+    nll = torch.zeros(len(stream), dtype=torch.float64)
+    for chunk in stream.chunks(chunk_tokens):
+        n = len(chunk.inputs)
+        rows = run.share(n, predictor.stride)
+        logp = predictor.predict(chunk.inputs, rows)
+        nats = -logp.gather(1, chunk.targets[rows].unsqueeze(1)).squeeze(1)  # the only place where a target meets a row
+        nll[chunk.start : chunk.start + n] = run.gather(nats.double(), rows, n).cpu()
+        sum_error = logp.logsumexp(-1).expm1().abs().max().item() if len(logp) else 0.0
+        worst = max(worst, sum_error if math.isfinite(sum_error) else math.inf)
+        if not chunk.is_last:
+            predictor.update(chunk.tokens)
+        if progress:
+            progress(chunk.start + n, nll, clock.seconds())
+    worst = run.max(worst)
+    if worst > 1e-4 or not torch.isfinite(nll).all():
+        raise InputError(f"scoring: a row's sum is off by {worst}; allowed is 1e-4, and every score must be finite")
+    token_bytes = tokenizer.count_bytes(stream.tokens[:-1], stream.tokens[1:])
+    return Score(nll, token_bytes, worst, run.max(clock.seconds()))
+
+
+# ======================================================================================================================
+# main: the order of the phases, and the records of a run.
+# ======================================================================================================================
+
+STAGE_LABELS = {
+    "roundtrip": "final_int6_roundtrip",
+    "sliding": "final_int6_sliding_window",
+    "ttt": "legal_ttt",
+    "mixed": "mixed",
+}
+
+
+def run_stage(stage: str, model: GPT, stream: Stream, tokenizer: Tokenizer, c: Config, run: Run) -> Score:
+    """Score the stream with one stage's predictor and log the result under the community's label."""
+    adapts = stage in ("ttt", "mixed")
+    chunk_tokens = c.ttt_chunk_tokens if adapts else c.val_batch_size
+    token_bytes = tokenizer.count_bytes(stream.tokens[:-1], stream.tokens[1:]).cumsum(0)
+    said = [0.0]
+
+    def progress(done: int, nll: Tensor, seconds: float) -> None:
+        if seconds - said[0] >= 10:
+            said[0] = seconds
+            bpb = nll[:done].sum().item() / math.log(2) / max(1, int(token_bytes[done - 1]))
+            run.log(f"  {stage}_chunk [{done}/{len(stream)}] bpb={bpb:.4f} time={seconds:.1f}s")
+
+    predictor = make_predictor(stage, model, c, run, tokenizer)
+    result = score(predictor, stream, tokenizer, chunk_tokens, run, progress)
+    label, partial = STAGE_LABELS[stage], "" if stream.whole else f" partial:{len(stream)}_tokens"
+    loss, bpb = result.val_loss, result.val_bpb
+    run.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * result.seconds:.0f}ms{partial}")
+    run.log(f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f} max_sum_error:{result.max_sum_error:.2e}{partial}")
+    return result
+
+
+def stage_record(result: Score, stream: Stream) -> dict:
+    return dict(
+        val_loss=result.val_loss,
+        val_bpb=result.val_bpb,
+        seconds=round(result.seconds, 3),
+        tokens=len(stream),
+        bytes=int(result.token_bytes.sum()),
+        documents=stream.documents,
+        whole_stream=stream.whole,
+        max_sum_error=result.max_sum_error,
+    )
+
+
+def artifact_path(c: Config, run_id: str) -> Path:
+    """Where the run's artifact is or will be."""
+    return Path(c.artifact_path or Path(c.log_dir) / f"{run_id}.artifact")
+
+
+def log_start(run_id: str, c: Config, run: Run, stream: Stream | None) -> None:
+    """Every value in force and what the run stands on."""
+    for line in dataclasses.replace(c, run_id=run_id).lines():
+        run.log(line)
+    run.log(f"hardware: {run.hardware()}")
+    run.log(f"versions: {json.dumps(versions())}")
+    run.log(f"script_sha256:{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}")
+    run.log(f"world_size:{run.world_size} device:{run.device} dtype:{run.dtype} compile:{int(run.compiles)}")
+    run.log(f"attention:{'flash_attention_3' if find_flash_attention_3() else 'scaled_dot_product'}")
+    if stream is not None:
+        partial = "" if stream.whole else " partial: the stream goes on"
+        run.log(f"val_loader:{c.data_path} tokens:{len(stream)} documents:{stream.documents}{partial}")
+
+
+def versions() -> dict[str, str]:
+    return dict(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        numpy=np.__version__,
+        sentencepiece=sentencepiece.__version__,
+    )
+
+
+def run_record(run_id, c: Config, run: Run, trained, artifact: dict, results: dict[str, Score], stream) -> dict:
+    """What logs/<RUN_ID>.json holds."""
+    stages = {stage: stage_record(result, stream) for stage, result in results.items()}
+    final = c.stages[-1] if results else None
+    return dict(
+        run_id=run_id,
+        seed=c.seed,
+        config=dataclasses.asdict(c),
+        hardware=run.hardware(),
+        versions=versions(),
+        train=trained,
+        artifact=artifact,
+        stages=stages,
+        final_stage=final,
+        val_bpb=stages[final]["val_bpb"] if final else None,
+    )
+
+
+def write_records(record: dict, results: dict[str, Score], stream: Stream | None, c: Config, run: Run) -> None:
+    """logs/<RUN_ID>.json, and the final stage's per-token record if SCORES_PATH asks for it."""
+    if not run.is_main:
+        return
+    write_atomically(Path(c.log_dir) / f"{record['run_id']}.json", (json.dumps(record, indent=1) + "\n").encode())
+    if c.scores_path and results:
+        result = results[record["final_stage"]]
+        nats, sizes = result.nll_nats.numpy(), result.token_bytes.numpy()
+        np.savez_compressed(c.scores_path, token=stream.tokens[1:].numpy(), nll_nats=nats, bytes=sizes)
+
+
+def log_results(record: dict, run: Run) -> None:
+    """The stages side by side, then the run's score, which is the last of them."""
+    if not record["stages"]:
+        return
+    run.log(f"{'stage':<10} {'val_loss':>9} {'val_bpb':>9} {'change':>9} {'seconds':>8} {'tokens':>9} {'sum error':>9}")
+    before = None
+    for stage, row in record["stages"].items():
+        change = "" if before is None else f"{row['val_bpb'] - before:+.5f}"
+        run.log(
+            f"{stage:<10} {row['val_loss']:9.5f} {row['val_bpb']:9.5f} {change:>9} {row['seconds']:8.1f} "
+            f"{row['tokens']:9d} {row['max_sum_error']:9.1e}"
+        )
+        before = row["val_bpb"]
+    scope = f"documents:{row['documents']} " + ("whole stream" if row["whole_stream"] else "PARTIAL stream")
+    run.log(f"final val_bpb:{record['val_bpb']:.8f} stage:{record['final_stage']} {scope}")
+
+
+def save_artifact(model: GPT, path: Path, c: Config, run: Run, tokenizer: Tokenizer) -> float:
+    """Write the model's artifact on the main rank; returns the seconds that all ranks waited for it."""
+    clock = Clock(run)
+    if run.is_main:
+        write_atomically(path, pack(model, c, tokenizer.sha256))
+    return round(run.max(clock.seconds()), 3)
+
+
+def execute(c: Config, env: dict[str, str], run: Run) -> None:
+    """One run, in order: data, training, artifact, stages, records."""
+    if c.phase == "eval":
+        c = with_shape_of(c, run.broadcast(read_artifact, c.artifact_path)[0], env)
+    tokenizer = Tokenizer(c)
+    stream = None if c.phase == "train" and not c.val_loss_every else Stream(c, run.device)
+    run_id = run.open_log(c)
+    path = artifact_path(c, run_id)
+    log_start(run_id, c, run, stream)
+
+    trained = None
+    if c.phase != "eval":
+        model = GPT(c, run.dtype).init_weights(c).to(run.device)
+        trained = train(model, c, run, stream, tokenizer)
+        trained["pack_seconds"] = save_artifact(model, path, c, run, tokenizer)
+
+    header, parts = run.broadcast(read_artifact, path)  # from here on, only what the file says counts
+    artifact = artifact_record(path, header, tokenizer, run)
+    results = {}
+    if c.phase != "train":
+        model = unpack(parts, c, run)
+        results = {stage: run_stage(stage, model, stream, tokenizer, c, run) for stage in c.stages}
+    record = run_record(run_id, c, run, trained, artifact, results, stream)
+    write_records(record, results, stream, c, run)
+    log_results(record, run)
+
+
+def main() -> int:
+    """Run under torchrun or alone; exit status 2 and one line on standard error for input that cannot be used."""
+    env = dict(os.environ)
+    run = None
+    try:
+        config = Config.from_env(env)
+        run = Run(config)
+        execute(config, env, run)
+    except InputError as error:
+        if env.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if run is not None:
+            run.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
