@@ -58,13 +58,13 @@ class Config:
     """All settings. A field's environment variable is its name in capitals; the defaults are the competition run."""
 
     # What to run, on what, and where the files are.
-    preset: str = setting("", choices=("", "smoke"))
+    preset: str = setting("", choices=("", "smoke", "cpu"))
     run_id: str = setting("")  # "" = time and seed
     phase: str = setting("both", choices=("both", "train", "eval"))
-    seed: int = setting(1337, 0)
+    seed: int = setting(1337, 0, 2**32 - 1)
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))
     dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"))  # of activations; auto: bfloat16 on CUDA
-    compile: bool = setting(True)  # torch.compile, on CUDA only
+    torch_compile: bool = setting(True)  # on CUDA only
     data_path: str = setting("data/datasets/fineweb10B_sp1024")
     tokenizer_path: str = setting("")  # "" = tokenizer.model inside data_path
     artifact_path: str = setting("")  # "" = LOG_DIR/RUN_ID.artifact
@@ -126,8 +126,8 @@ class Config:
     swa_every: int = setting(50, 1)
     swa_start_scale: float = setting(0.2, 0.0, 1.0)  # SWA collects while the learning-rate scale is below this
     late_qat_threshold: float = setting(0.15, 0.0, 1.0)  # learning-rate scale below which training sees int6 weights
-    crown_q_lambda: float = setting(1.0, 0.0)  # variance of warmdown weight noise, in units of the quantizer's own
-    complement_alpha: float = setting(0.5, 0.0, 1.0)  # 0 = every token weighs the same
+    crown_q_lambda: float = setting(0.0, 0.0)  # variance of warmdown weight noise, in units of the quantizer's own
+    complement_alpha: float = setting(0.0, 0.0, 1.0)  # 0 = every token weighs the same
     complement_tokens: int = setting(16_000_000, 1)  # training tokens from which its bigrams are counted
     matrix_clip_sigmas: float = setting(6.0, 1.0, 64.0)  # int6 range, in standard deviations of the row
     embed_clip_sigmas: float = setting(16.0, 1.0, 64.0)  # int8 range
@@ -151,7 +151,7 @@ class Config:
     ttt_byte_weighted: bool = setting(False)
     ttt_temperature: float = setting(1.0, 0.1, 10.0)
     mixer: str = setting("hedge", choices=("hedge", "none"))
-    hedge_share: float = setting(0.02, 0.0, 1.0)
+    hedge_share: float = setting(0.02, 1e-9, 1.0)  # of the weight, spread anew over all experts at every token
     ngram_discount: float = setting(0.75, 0.01, 0.99)
 
     @classmethod
@@ -195,6 +195,10 @@ class Config:
         )
         yield not self.stages, f"STAGES is empty: allowed are {', '.join(STAGES)}"
         yield self.run_id != os.path.basename(self.run_id), f"RUN_ID={self.run_id!r}: allowed is a plain file name"
+        npz = not self.scores_path or self.scores_path.endswith(".npz")
+        yield not npz, f"SCORES_PATH={self.scores_path}: allowed is a name that ends in .npz"
+        once = len(set(self.stages)) == len(self.stages) and len(set(self.ve_layers)) == len(self.ve_layers)
+        yield not once, f"STAGES={show(self.stages)} VE_LAYERS={show(self.ve_layers)}: allowed is each name once"
         no_artifact = self.phase == "eval" and not self.artifact_path
         yield no_artifact, "PHASE=eval needs ARTIFACT_PATH, the file to score"
 
@@ -207,36 +211,54 @@ class Config:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["shape"]}
 
 
-PRESETS = {
-    # Trains, compresses and scores in a few minutes on two CPU cores; no wall-clock cap, so two runs agree bit for bit.
-    "smoke": dict(
-        data_path="data/datasets/sample",
-        num_layers=4,
-        model_dim=128,
-        num_heads=4,
-        num_kv_heads=2,
-        xsa_last_n=2,
-        bigram_dim=32,
-        ve_layers=(3,),
-        ve_dim=32,
-        rope_dims=16,
-        iterations=300,
-        max_wallclock_seconds=0.0,
-        train_batch_tokens=8192,
-        train_seq_len=256,
-        micro_batch_tokens=8192,
-        warmup_steps=1,
-        warmdown_iters=150,
-        muon_momentum=0.95,
-        muon_momentum_warmup_steps=100,
-        train_log_every=25,
-        swa_every=5,
-        eval_seq_len=256,
-        ttt_chunk_tokens=4096,
-        ttt_batch_tokens=4096,
-        val_batch_size=16384,
-    ),
-}
+# Trains, compresses and scores in a few minutes on two CPU cores; no wall-clock cap, so two runs agree bit for bit.
+SMOKE = dict(
+    data_path="data/datasets/sample",
+    num_layers=4,
+    model_dim=128,
+    num_heads=4,
+    num_kv_heads=2,
+    xsa_last_n=2,
+    bigram_dim=32,
+    ve_layers=(3,),
+    ve_dim=32,
+    iterations=400,
+    max_wallclock_seconds=0.0,
+    train_batch_tokens=4096,
+    train_seq_len=256,
+    micro_batch_tokens=4096,
+    warmup_steps=1,
+    warmdown_iters=240,
+    train_log_every=25,
+    muon_momentum=0.95,
+    muon_momentum_warmup_steps=100,
+    swa_every=5,
+    val_batch_size=16384,
+    eval_seq_len=256,
+    ttt_chunk_tokens=2048,
+    ttt_optimizer="adamw",
+    ttt_lr=0.001,
+    ttt_epochs=1,
+    ttt_batch_tokens=2048,
+)
+
+# A quarter of an hour of training on two CPU cores, for measurements: give it DATA_PATH.
+CPU = SMOKE | dict(
+    data_path=Config.data_path,
+    dtype="bfloat16",
+    num_layers=6,
+    model_dim=192,
+    num_heads=3,
+    num_kv_heads=1,
+    bigram_dim=64,
+    ve_layers=(4, 5),
+    ve_dim=64,
+    iterations=2200,
+    warmdown_iters=1300,
+    train_log_every=100,
+)
+
+PRESETS = {"smoke": SMOKE, "cpu": CPU}
 
 # An unknown name with one of these beginnings is taken for a setting, so that EMA_ENABLED=1 is refused and not ignored.
 SETTING_FAMILIES = (
@@ -304,6 +326,11 @@ def show(value) -> str:
 # ======================================================================================================================
 
 
+# torch 2.13 renamed both and warns at every call of the old name; 2.11 knows only the old one.
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
 class Run:
     """One process of a run. Ranks, devices and the run's name are settled here."""
 
@@ -316,7 +343,8 @@ class Run:
             "bfloat16": torch.bfloat16,
             "auto": torch.bfloat16 if self.device.type == "cuda" else torch.float32,
         }[config.dtype]
-        self.compiles = config.compile and self.device.type == "cuda"
+        self.compiles = config.torch_compile and self.device.type == "cuda"
+        torch._dynamo.config.recompile_limit = 64  # a graph for each batch shape, with and without gradients
         if self.world_size > 1:
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         self.log_path: Path | None = None
@@ -341,15 +369,16 @@ class Run:
         run_id = self.broadcast(lambda: c.run_id or time.strftime("%Y%m%d_%H%M%S") + f"_seed{c.seed}")
         if self.is_main:
             self.log_path = Path(c.log_dir) / f"{run_id}.txt"
-            written = [self.log_path, self.log_path.with_suffix(".json"), Path(c.scores_path or os.devnull + "/")]
+            written = [self.log_path, self.log_path.with_suffix(".json")]
+            written += [Path(c.scores_path)] if c.scores_path else []
             written += [artifact_path(c, run_id)] if c.phase != "eval" else []
             for path in written:
-                if path.is_file():
+                if path.exists():
                     raise InputError(f"RUN_ID={run_id}: {path} exists and would be overwritten; choose another name")
-            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent)
         return run_id
 
-    def log(self, text: str = "") -> None:
+    def log(self, text: str) -> None:
         """Print a line and append it to the log, on the main rank."""
         if not self.is_main:
             return
@@ -409,7 +438,7 @@ class Run:
         if self.world_size == 1:
             return bank
         shard = bank.new_empty(bank.shape[0] // self.world_size, *bank.shape[1:])
-        dist.reduce_scatter_tensor(shard, bank)
+        REDUCE_SCATTER(shard, bank)
         return shard
 
     def all_gather(self, shard: Tensor) -> Tensor:
@@ -417,7 +446,7 @@ class Run:
         if self.world_size == 1:
             return shard
         bank = shard.new_empty(shard.shape[0] * self.world_size, *shard.shape[1:])
-        dist.all_gather_into_tensor(bank, shard.contiguous())
+        ALL_GATHER(bank, shard.contiguous())
         return bank
 
     def wrap(self, model: nn.Module):
@@ -436,6 +465,14 @@ class Run:
     def close(self) -> None:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, or raise InputError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; allowed is a folder that can be written") from None
 
 
 class Clock:
@@ -490,7 +527,7 @@ def read_shard(path: str | Path) -> np.ndarray:
 
 def find_shards(config: Config, split: str) -> list[str]:
     """Paths of the `train` or `val` shards in DATA_PATH, in order. Raises InputError if there is none."""
-    pattern = os.path.join(config.data_path, f"*_{split}_*.bin")
+    pattern = os.path.join(glob.escape(config.data_path), f"*_{split}_*.bin")
     paths = sorted(glob.glob(pattern))
     if not paths:
         raise InputError(f"DATA_PATH={config.data_path}: no shard matches {pattern}; data/prepare.py makes them")
@@ -538,7 +575,10 @@ class Tokenizer:
             raise InputError(f"TOKENIZER_PATH={path} has no byte pieces; without them text has no exact byte count")
         manifest = Path(config.data_path) / "manifest.json"
         if manifest.is_file():
-            expected = json.loads(manifest.read_text()).get("tokenizer_sha256", self.sha256)
+            try:
+                expected = json.loads(manifest.read_text()).get("tokenizer_sha256", self.sha256)
+            except (ValueError, AttributeError):
+                raise InputError(f"{manifest}: not a JSON object; data/prepare.py writes one") from None
             if expected != self.sha256:
                 raise InputError(f"TOKENIZER_PATH={path}: sha256 differs from the one that {manifest} names")
 
@@ -903,10 +943,10 @@ INITIALIZED_BY_CONSTRUCTOR = ("_scale", "_gain", "_mix", ".scale", ".gate")
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan, Muon (2024): quintic that pushes singular values toward 1
 
 
-def zeropower(bank: Tensor, steps: int) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: float32 [n, rows, cols] -> bfloat16, singular values near 1."""
+def zeropower(bank: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly: [n, rows, cols] -> the same in `dtype`, singular values near 1."""
     a, b, c = NEWTON_SCHULZ
-    x = bank.bfloat16()
+    x = bank.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -947,7 +987,8 @@ class Muon:
         for bank, grad, buffer in zip(self.banks, self.grads, self.momenta, strict=True):
             grad.mul_(clip)
             buffer.mul_(momentum).add_(grad)
-            update = zeropower(grad.add(buffer, alpha=momentum), self.config.muon_backend_steps)  # Nesterov
+            nesterov = grad.add(buffer, alpha=momentum)
+            update = zeropower(nesterov, self.config.muon_backend_steps, self.run.dtype)
             rows, cols = bank[0].shape
             scale = -lr * math.sqrt(max(1, rows / cols))
             for p, u in zip(bank, self.run.all_gather(update), strict=False):  # the padding is left over
@@ -1190,25 +1231,32 @@ def warm_up(model: GPT, called, optimizers: Optimizers, c: Config, run: Run) -> 
     optimizers.restore(state)
 
 
+def heldout_loss(called, loader: TrainLoader, step: int, c: Config, run: Run) -> float:
+    """Nats per token on the training sequences that would come after `step` steps, at least 65,536 tokens of them."""
+    n_batches = max(1, 65_536 // c.train_batch_tokens)
+    nats = torch.zeros((), device=run.device)
+    with torch.no_grad():
+        for batch in range(step, step + n_batches):
+            for micro in loader.batch(batch).split(max(1, c.micro_batch_tokens // c.train_seq_len)):
+                nats += token_nll(called, micro).sum()
+    return run.sum(nats).item() / (n_batches * loader.batch_seqs * c.train_seq_len)
+
+
 def choose_average(model: GPT, called, averages: WeightAverages, loader: TrainLoader, step: int, c: Config, run: Run):
     """Put in the weights that do best on training sequences not yet seen, each tried as it would be stored.
 
-    Validation text has no part in it. Returns the loss of each candidate in nats per token.
+    Validation text has no part in it.
     """
-    n_batches = max(1, 65_536 // c.train_batch_tokens)
     losses, candidates = {}, averages.candidates()
     for name, weights in candidates.items():
-        with weights_replaced(averages.params, weights), fake_quantized(model, c), torch.no_grad():
-            nats = torch.zeros((), device=run.device)
-            for batch in range(step, step + n_batches):
-                for micro in loader.batch(batch).split(max(1, c.micro_batch_tokens // c.train_seq_len)):
-                    nats += token_nll(called, micro).sum()
-        losses[name] = run.sum(nats).item() / (n_batches * loader.batch_seqs * c.train_seq_len)
+        with weights_replaced(averages.params, weights), fake_quantized(model, c):
+            losses[name] = heldout_loss(called, loader, step, c, run)
     best = min(losses, key=losses.get)
     with torch.no_grad():
         torch._foreach_copy_(averages.params, candidates[best])
-    run.log("averages: " + " ".join(f"{name}:{loss:.4f}" for name, loss in losses.items()) + f" chosen:{best}")
-    return losses
+    gap = losses[best] - heldout_loss(called, loader, step, c, run)
+    run.log("averages: " + " ".join(f"{name}:{loss:.5f}" for name, loss in losses.items()) + f" chosen:{best}")
+    run.log(f"quantization_gap:{gap:.5f} nats per token on training text")
 
 
 def train(model: GPT, c: Config, run: Run, stream: Stream | None, tokenizer: Tokenizer) -> dict:
@@ -1285,7 +1333,7 @@ def validate(called, stream: Stream, tokenizer: Tokenizer, c: Config, run: Run) 
 # ======================================================================================================================
 
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
-PREFIX = struct.Struct("<5sBI32s")  # magic, version, header bytes, sha256 of all that follows
+PREFIX = struct.Struct("<5sBI")  # magic, version, header bytes; a sha256 of all but itself follows
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
 SMALLEST_SCALE = 2.0**-24  # of float16
 
@@ -1319,27 +1367,27 @@ def dequantize(symbols: Tensor, scale: Tensor) -> Tensor:
 
 
 def pack(model: GPT, c: Config, tokenizer_sha256: str) -> bytes:
-    """The artifact's bytes. Raises InputError for a weight that is not finite."""
+    """The artifact's bytes. Raises InputError for a weight that it cannot hold."""
     parts: dict[str, list[bytes]] = {"matrices": [], "embeddings": [], "scales": [], "float16": []}
     quantized = quantized_parameters(model)
     for name, p in model.named_parameters():
-        if not torch.isfinite(p).all():
-            raise InputError(f"weight {name} is not finite; allowed are finite weights only")
         if name in quantized:
-            symbols, scale = quantize(p.detach(), *quantizer_of(name, c))
+            symbols, stored = quantize(p.detach(), *quantizer_of(name, c))
             parts["embeddings" if is_embedding(name) else "matrices"].append(as_bytes(symbols))
-            parts["scales"].append(as_bytes(scale))
         else:
-            parts["float16"].append(as_bytes(p.detach().half()))
+            stored = p.detach().half()
+        if not torch.isfinite(stored).all():
+            raise InputError(f"weight {name} cannot be stored: allowed is what float16 holds, 65504 at most and no NaN")
+        parts["scales" if name in quantized else "float16"].append(as_bytes(stored))
     streams = {part: compress(b"".join(pieces)) for part, pieces in parts.items()}
     sizes = {part: len(stream) for part, stream in streams.items()}
     header = json.dumps(dict(model=c.shape(), tokenizer=tokenizer_sha256, parts=sizes), separators=(",", ":")).encode()
-    body = header + b"".join(streams.values())
-    prefix = PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header), hashlib.sha256(body).digest())
-    return prefix + body
+    prefix, body = PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header)), header + b"".join(streams.values())
+    return prefix + hashlib.sha256(prefix + body).digest() + body
 
 
 def as_bytes(tensor: Tensor) -> bytes:
+    """The tensor's numbers as the machine holds them, little-endian."""
     return tensor.cpu().contiguous().numpy().tobytes()
 
 
@@ -1349,10 +1397,13 @@ def compress(raw: bytes) -> bytes:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file so that a reader, or a crash, never finds half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_artifact(path: str | Path) -> tuple[dict, dict[str, bytes]]:
@@ -1363,11 +1414,11 @@ def read_artifact(path: str | Path) -> tuple[dict, dict[str, bytes]]:
         raise InputError(f"ARTIFACT_PATH={path}: {error.strerror}") from None
     if len(data) < PREFIX.size or data[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
         raise InputError(f"ARTIFACT_PATH={path}: not an artifact; it must begin with {ARTIFACT_MAGIC.decode()}")
-    _, version, header_bytes, digest = PREFIX.unpack_from(data)
+    _, version, header_bytes = PREFIX.unpack_from(data)
     if version != ARTIFACT_VERSION:
         raise InputError(f"ARTIFACT_PATH={path}: version {version}; allowed is {ARTIFACT_VERSION}")
-    body = data[PREFIX.size :]
-    if hashlib.sha256(body).digest() != digest:
+    digest, body = data[PREFIX.size : PREFIX.size + 32], data[PREFIX.size + 32 :]
+    if hashlib.sha256(data[: PREFIX.size] + body).digest() != digest:
         raise InputError(f"ARTIFACT_PATH={path}: checksum differs; the file is truncated or altered")
     header = {**json.loads(body[:header_bytes]), "file_bytes": len(data)}
     parts, start = {}, header_bytes
@@ -1462,7 +1513,7 @@ class NgramCounts:
         if length == 0:
             return torch.zeros_like(inputs)
         known = torch.cat([self.tail, inputs])
-        missing = max(0, length - 1 - len(self.tail))
+        missing = min(len(inputs), max(0, length - 1 - len(self.tail)))
         number = torch.zeros(len(inputs) - missing, dtype=torch.int64, device=inputs.device)
         for back in reversed(range(length)):
             stop = len(known) - back
@@ -1584,13 +1635,17 @@ class Frozen:
         offset = self.seen - len(self.context)  # position of known[0]
         batch = max(1, self.c.micro_batch_tokens // seq_len)
         for b in range(0, len(starts), batch):
-            tokens = known[torch.from_numpy(starts[b : b + batch, None] - offset + np.arange(seq_len)).to(known.device)]
-            keep = int((starts + seq_len - lows)[b : b + batch].max())
-            logits = self.model(tokens, keep).div_(self.temperature)
-            for row, start, low, high in zip(logits, starts[b:], lows[b:], highs[b:], strict=False):
-                answered = row[low - start - seq_len + keep : high - start - seq_len + keep]
-                logp[low - first : high - first] = answered.log_softmax(-1)
+            start, low, high = starts[b : b + batch], lows[b : b + batch], highs[b : b + batch]
+            tokens = known[self.on_device(start[:, None] - offset + np.arange(seq_len))]
+            keep = int((start + seq_len - low).max())
+            window = np.repeat(np.arange(len(start)), high - low)  # of each position from low[0] to high[-1]
+            column = np.arange(low[0], high[-1]) - start[window] - (seq_len - keep)
+            logits = self.model(tokens, keep)[self.on_device(window), self.on_device(column)]
+            logp[low[0] - first : high[-1] - first] = (logits / self.temperature).log_softmax(-1)
         return logp
+
+    def on_device(self, index: np.ndarray) -> Tensor:
+        return torch.from_numpy(index).to(self.run.device)
 
     def update(self, tokens: Tensor) -> None:
         """Move past a scored chunk: tokens [n + 1], its inputs and its last target."""
@@ -1944,8 +1999,9 @@ def main() -> int:
         run = Run(config)
         execute(config, env, run)
     except InputError as error:
-        if env.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if env.get("RANK", "0") != "0":
+            time.sleep(5)  # if the main rank met it too, torchrun ends this one before it says the same again
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     finally:
         if run is not None:

@@ -1,8 +1,8 @@
 """Turn text into the token shards that train_gpt.py reads.
 
-    python data/prepare.py sample                          # Python's own documentation and sources: no download, seconds
+    python data/prepare.py sample                      # Python's own documentation and sources: no download, seconds
     python data/prepare.py text --train a.jsonl.xz --val b.txt --train-tokenizer 1024 --out data/datasets/mine
-    python data/prepare.py fineweb --train-shards 80       # the competition's text: 16 GB from the Hugging Face Hub
+    python data/prepare.py fineweb --train-shards 80   # the competition's text: 16 GB from the Hugging Face Hub
 
 A data set is one folder that needs nothing else: `*_train_*.bin` and `*_val_*.bin` shards, the `tokenizer.model` that
 made them, and a `manifest.json` of counts. A shard is a header of 256 int32 (magic, version, number of tokens, zeros)
@@ -45,6 +45,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from train_gpt import SHARD_HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, InputError, read_shard  # noqa: E402
 
 SPLITS = ("train", "val")
+UNITS = ("documents", "tokens", "bytes")  # that the manifest counts
 MAX_SHARD_TOKENS = 100_000_000
 MAX_VOCAB = 1 << 16  # a token is a uint16
 BATCH_BYTES = 1 << 20  # of text handed to a worker process at a time
@@ -53,12 +54,10 @@ SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space: a text that holds
 
 
 class PrepareError(InputError):
-    """The user's text, tokenizer or download cannot be used. The message is one line: what, its value, what is allowed."""
+    """A text, a tokenizer or a download cannot be used; the message is one line: what, its value, what is allowed."""
 
 
-# ======================================================================================================================
-# Documents: files and the standard library as text.
-# ======================================================================================================================
+# --- Documents: files and the standard library as text. ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,9 @@ class TextFiles:
 def read_documents(path: Path) -> Iterator[str]:
     """Documents of a .txt (one) or .jsonl (one a line), either also as .xz. Raises PrepareError at what is no text."""
     is_text = path.name.removesuffix(".xz").endswith(".txt")
-    opened = lzma.open(path) if path.suffix == ".xz" else path.open("rb")
     count = 0
     try:
-        with opened as stream:
+        with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as stream:
             for number, line in enumerate([stream.read()] if is_text else stream, 1):
                 if line.strip():
                     yield line.decode() if is_text else parse_line(line, f"{path}:{number}")
@@ -98,7 +96,7 @@ def parse_line(line: bytes, where: str) -> str:
     if not isinstance(text, str):
         raise PrepareError(f'{where}: no text; allowed is an object with a string in its field "text"')
     if not text.strip():
-        raise PrepareError(f'{where}: the field "text" is empty; allowed is a document of at least one visible character')
+        raise PrepareError(f'{where}: the field "text" is empty; allowed is at least one visible character')
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
         raise PrepareError(f'{where}: the field "text" holds half a surrogate pair; allowed is what UTF-8 can write')
     return text
@@ -114,11 +112,9 @@ def text_digest(text: str) -> bytes:
     return hashlib.sha256(" ".join(unicodedata.normalize("NFKC", text).casefold().split()).encode("utf-8")).digest()
 
 
-SAMPLE_SKIPPED_FOLDERS = {
-    *("site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__")
-}
-SAMPLE_MAX_DOCUMENT_BYTES = 200_000
-SAMPLE_VAL_BYTES = range(100_000, 200_001)
+SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
+SAMPLE_DOCUMENT_MAX_BYTES = 200_000
+SAMPLE_VAL_MIN_BYTES, SAMPLE_VAL_MAX_BYTES = 100_000, 200_000
 
 
 def library_documents() -> Iterator[tuple[str, str]]:
@@ -131,7 +127,7 @@ def library_documents() -> Iterator[tuple[str, str]]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in root.rglob("*.py"):
         name = path.relative_to(root)
-        if SAMPLE_SKIPPED_FOLDERS.isdisjoint(name.parts):
+        if SKIPPED_FOLDERS.isdisjoint(name.parts):
             try:
                 yield name.as_posix(), path.read_bytes().decode("utf-8")
             except (UnicodeDecodeError, OSError):  # e.g. a dangling link
@@ -139,36 +135,41 @@ def library_documents() -> Iterator[tuple[str, str]]:
 
 
 def sample_documents(max_bytes: int) -> tuple[list[str], list[str]]:
-    """Training and validation documents of the sample: at most `max_bytes` of text, no document twice.
-
-    Validation is the documents with the lowest hashes, about 2 % of the text, within SAMPLE_VAL_BYTES.
-    Raises PrepareError if the standard library is not there to read.
-    """
+    """Training and validation documents of the sample: at most `max_bytes` of text, no document twice."""
     chosen: dict[bytes, str] = {}
     total_bytes = 0
     for _, text in sorted(library_documents()):
         size, digest = byte_count(text), text_digest(text)
-        if size > SAMPLE_MAX_DOCUMENT_BYTES or not text.strip() or SPACE_MARK in text or digest in chosen:
+        if size > SAMPLE_DOCUMENT_MAX_BYTES or not text.strip() or SPACE_MARK in text or digest in chosen:
             continue
         if total_bytes + size > max_bytes:
             break
         chosen[digest] = text
         total_bytes += size
-    wanted_bytes = min(max(total_bytes // 50, SAMPLE_VAL_BYTES[0]), SAMPLE_VAL_BYTES[-1])
+    held_out = hold_out(chosen, total_bytes // 50)
+    train = [text for digest, text in chosen.items() if digest not in held_out]
+    return train, [text for digest, text in chosen.items() if digest in held_out]
+
+
+def hold_out(documents: dict[bytes, str], wanted_bytes: int) -> set[bytes]:
+    """The lowest digests, of about as much text as wanted within the limits of the sample's validation text.
+
+    Raises PrepareError if there is not enough text.
+    """
+    wanted_bytes = max(wanted_bytes, SAMPLE_VAL_MIN_BYTES)
     held_out, val_bytes = set(), 0
-    for digest in sorted(chosen):
-        size = byte_count(chosen[digest])
-        if val_bytes < wanted_bytes and val_bytes + size <= SAMPLE_VAL_BYTES[-1]:
+    for digest in sorted(documents):
+        size = byte_count(documents[digest])
+        if val_bytes < wanted_bytes and val_bytes + size <= SAMPLE_VAL_MAX_BYTES:
             held_out.add(digest)
             val_bytes += size
-    if val_bytes < SAMPLE_VAL_BYTES[0] or total_bytes < 2 * val_bytes:
-        raise PrepareError(f"{sysconfig.get_path('stdlib')}: {total_bytes} bytes of documents; a sample takes 300000")
-    return tuple([t for d, t in chosen.items() if (d in held_out) == is_val] for is_val in (False, True))
+    if val_bytes < SAMPLE_VAL_MIN_BYTES:
+        library = sysconfig.get_path("stdlib")
+        raise PrepareError(f"{library}: {val_bytes} bytes for validation; a sample takes {SAMPLE_VAL_MIN_BYTES}")
+    return held_out
 
 
-# ======================================================================================================================
-# Tokenizer
-# ======================================================================================================================
+# --- Tokenizer --------------------------------------------------------------------------------------------------------
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
@@ -203,8 +204,11 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def load_tokenizer(model: bytes) -> sentencepiece.SentencePieceProcessor:
-    """The tokenizer of a serialized model. Raises PrepareError if it cannot write every text as uint16 after a BOS."""
+def load_tokenizer(model: bytes, where: str | Path = "tokenizer") -> sentencepiece.SentencePieceProcessor:
+    """The tokenizer of a serialized model.
+
+    Raises PrepareError, which names `where`, if it cannot write every text as uint16 tokens after a BOS.
+    """
     try:
         processor = sentencepiece.SentencePieceProcessor()
         processor.LoadFromSerializedProto(model)
@@ -212,14 +216,14 @@ def load_tokenizer(model: bytes) -> sentencepiece.SentencePieceProcessor:
     except RuntimeError:
         size = 0
     if not size:
-        raise PrepareError(f"tokenizer: its {len(model)} bytes are no SentencePiece model")
+        raise PrepareError(f"{where}: its {len(model)} bytes are no SentencePiece model")
     if size > MAX_VOCAB:
-        raise PrepareError(f"tokenizer: {size} pieces; allowed are {MAX_VOCAB}, the values of a uint16")
+        raise PrepareError(f"{where}: {size} pieces; allowed are {MAX_VOCAB}, the values of a uint16")
     if processor.bos_id() < 0:
-        raise PrepareError(f"tokenizer: BOS id {processor.bos_id()}; allowed is one with a BOS token")
+        raise PrepareError(f"{where}: BOS id {processor.bos_id()}; allowed is one with a BOS token")
     n_byte_pieces = sum(map(processor.is_byte, range(size)))
     if n_byte_pieces != 256:
-        raise PrepareError(f"tokenizer: {n_byte_pieces} byte pieces; allowed is one with byte fallback, that is 256")
+        raise PrepareError(f"{where}: {n_byte_pieces} byte pieces; allowed is one with byte fallback, that is 256")
     return processor
 
 
@@ -233,9 +237,7 @@ def first_bytes(documents: Iterable[str], limit_bytes: int) -> Iterator[str]:
         start_bytes += byte_count(text)
 
 
-# ======================================================================================================================
-# Encoding, on all cores, in order
-# ======================================================================================================================
+# --- Encoding, on all cores, in order ---------------------------------------------------------------------------------
 
 
 class Batch(NamedTuple):
@@ -291,55 +293,42 @@ def progress(items: Iterable | None = None, **options: Any) -> tqdm:
     return tqdm(items, mininterval=0.5 if sys.stderr.isatty() else 30, **options)
 
 
-class ShardWriter:
-    """Cuts a split's tokens into shards of `shard_tokens`; a document may go on in the next shard."""
+@dataclass
+class SplitWriter:
+    """Writes one split, `train` or `val`, as shards of `shard_tokens`, and counts what it writes.
 
-    def __init__(self, folder: Path, name: str, split: str, shard_tokens: int):
-        self.prefix, self.shard_tokens = folder / f"{name}_{split}", shard_tokens
-        self.file: io.BufferedWriter | None = None
-        self.documents = self.tokens = self.bytes = self.in_shard = 0
+    A document may go on in the next shard.
+    """
 
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.finish_shard()
+    prefix: str  # of the paths of the shards
+    shard_tokens: int
+    documents: int = 0
+    tokens: int = 0
+    bytes: int = 0
 
     def write(self, batch: Batch) -> None:
-        """Append the tokens of a batch."""
-        self.documents += len(batch.digests)
-        self.bytes += batch.text_bytes
+        """Append a batch to the split."""
         rest = batch.tokens
         while len(rest):
-            if self.tokens % self.shard_tokens == 0:
-                self.start_shard()
-            part, rest = np.split(rest, [self.shard_tokens - self.in_shard])
-            self.file.write(part.tobytes())
-            self.in_shard += len(part)
+            shard, used_tokens = divmod(self.tokens, self.shard_tokens)
+            part, rest = np.split(rest, [self.shard_tokens - used_tokens])
+            append_to_shard(Path(f"{self.prefix}_{shard:06d}.bin"), used_tokens, part)
             self.tokens += len(part)
-
-    def start_shard(self) -> None:
-        self.finish_shard()
-        self.file = open(f"{self.prefix}_{self.tokens // self.shard_tokens:06d}.bin", "wb")  # noqa: SIM115
-        self.write_header()
-
-    def finish_shard(self) -> None:
-        if self.file is not None:
-            self.file.seek(0)
-            self.write_header()
-            self.file.close()
-        self.in_shard = 0
-
-    def write_header(self) -> None:
-        """The header of the tokens so far: a place for it at first, its final value when the shard is full."""
-        header = np.zeros(SHARD_HEADER_INTS, dtype="<i4")
-        header[:3] = SHARD_MAGIC, SHARD_VERSION, self.in_shard
-        self.file.write(header.tobytes())
+        self.documents += len(batch.digests)
+        self.bytes += batch.text_bytes
 
 
-# ======================================================================================================================
-# Data sets: a folder that is there whole or not at all
-# ======================================================================================================================
+def append_to_shard(path: Path, used_tokens: int, tokens: np.ndarray) -> None:
+    """Append uint16 tokens [n] to the shard of `used_tokens` tokens, which is a whole shard again afterwards."""
+    header = np.zeros(SHARD_HEADER_INTS, dtype="<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, used_tokens + len(tokens)
+    with path.open("r+b" if used_tokens else "xb") as file:
+        file.write(header.tobytes())
+        file.seek(0, os.SEEK_END)
+        file.write(tokens.tobytes())
+
+
+# --- Data sets: a folder that is there whole or not at all ------------------------------------------------------------
 
 
 @contextmanager
@@ -365,20 +354,19 @@ def write_atomically(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def write_manifest(folder: Path, name: str, model: bytes, counts: dict[str, Any], sources: list[str]) -> None:
+def write_manifest(folder: Path, name: str, model: bytes, counts: dict[str, int], sources: list[str]) -> None:
     """Write the tokenizer and then, last of all files, the manifest; print what the data set holds."""
     write_atomically(folder / "tokenizer.model", model)
     manifest = {
         "name": name,
         "tokenizer_sha256": hashlib.sha256(model).hexdigest(),
         "vocab_size": load_tokenizer(model).vocab_size(),
-        **{f"{split}_{unit}": n for unit in ("documents", "tokens", "bytes") for split in SPLITS
-           if (n := getattr(counts[split], unit, None)) is not None},
+        **counts,
         "sources": sources,
-    }  # fmt: skip
+    }
     write_atomically(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
     for split in SPLITS:
-        print(f"{split}: {counts[split].tokens:,} tokens of {counts[split].documents:,} documents")
+        print(f"{split}: {counts[f'{split}_tokens']:,} tokens of {counts[f'{split}_documents']:,} documents")
 
 
 @dataclass(frozen=True)
@@ -393,23 +381,21 @@ class Corpus:
 
 def write_dataset(folder: Path, name: str, corpus: Corpus, model: bytes, shard_tokens: int) -> None:
     """Write a data set into an empty folder. Raises PrepareError if a training document is also in validation."""
-    load_tokenizer(model)  # refuses a bad one here, once, and not in every worker
     held_out: set[bytes] = set()
     overlap: list[str] = []
-    counts = {split: ShardWriter(folder, name, split, shard_tokens) for split in SPLITS}
+    writers = {split: SplitWriter(str(folder / f"{name}_{split}"), shard_tokens) for split in SPLITS}
     with multiprocessing.get_context("fork").Pool(os.cpu_count(), start_worker, (model, corpus.lossless)) as pool:
-        with counts["val"] as writer:
-            for batch in encoded(pool, corpus.val, "val"):
-                writer.write(batch)
-                held_out.update(batch.digests)
-        with counts["train"] as writer:
-            for batch in encoded(pool, corpus.train, "train"):
-                writer.write(batch)
-                overlap += [head for digest, head in zip(batch.digests, batch.heads, strict=True) if digest in held_out]
+        for batch in encoded(pool, corpus.val, "val"):
+            writers["val"].write(batch)
+            held_out.update(batch.digests)
+        for batch in encoded(pool, corpus.train, "train"):
+            writers["train"].write(batch)
+            overlap += [head for digest, head in zip(batch.digests, batch.heads, strict=True) if digest in held_out]
     if overlap:
         raise PrepareError(
             f"{len(overlap)} training documents are also in validation, the first is {overlap[0]!r}; allowed are none"
         )
+    counts = {f"{split}_{unit}": getattr(writers[split], unit) for unit in UNITS for split in SPLITS}
     write_manifest(folder, name, model, counts, corpus.sources)
 
 
@@ -439,6 +425,7 @@ def make_text(args: argparse.Namespace) -> None:
         train = TextFiles(args.train)
         if args.tokenizer:
             model = args.tokenizer.read_bytes()
+            load_tokenizer(model, args.tokenizer)  # here, as a worker that fails to start is started again for ever
         else:
             print(f"training a tokenizer of {args.train_tokenizer} pieces")
             model = train_tokenizer(first_bytes(train, args.tokenizer_bytes), args.train_tokenizer)
@@ -447,9 +434,7 @@ def make_text(args: argparse.Namespace) -> None:
         write_dataset(folder, out.name, corpus, model, args.shard_tokens)
 
 
-# ======================================================================================================================
-# FineWeb: the published shards
-# ======================================================================================================================
+# --- FineWeb: the published shards ------------------------------------------------------------------------------------
 
 DEFAULT_REPO = "willdepueoai/parameter-golf"
 OTHER_REPOS = {"sp4096": "kevclark/parameter-golf", "sp8192": "kevclark/parameter-golf"}
@@ -478,18 +463,10 @@ class Hub:
         download = self.library.hf_hub_download
         return Path(self.ask(download, remote, local_dir=str(self.staging), force_download=force))
 
-    def fetch(self, files: dict[str, Path]) -> None:
-        """Bring each remote file to its local path, verified; what is there and intact stays. Raises PrepareError."""
-        listing = self.ask(self.library.HfApi().get_paths_info, list(files))
-        published = {info.path: info for info in listing}
-        for remote, local in progress(files.items(), desc="files", unit="file"):
-            if remote not in published:
-                raise PrepareError(f"Hugging Face data set {self.repo}: no file {remote}")
-            if not is_intact(local, published[remote]):
-                self.replace(remote, local, published[remote])
-
-    def replace(self, remote: str, local: Path, published: Any) -> None:
-        """Download a file, twice if need be, and put it in place once its content is the published one."""
+    def fetch(self, remote: str, local: Path, published: Any) -> None:
+        """Bring a file to its local path unless it is there. Raises PrepareError if it is not the published one."""
+        if is_intact(local, published):
+            return
         for force in (False, True):
             path = self.download(remote, force)
             if is_intact(path, published):
@@ -497,6 +474,14 @@ class Hub:
                 os.replace(path, local)
                 return
         raise PrepareError(f"{remote}: downloaded twice, and size or sha256 still differ from those of {self.repo}")
+
+    def fetch_all(self, files: dict[str, Path]) -> None:
+        """Bring remote files to their local paths. Raises PrepareError if one is missing there or not as published."""
+        published = {info.path: info for info in self.ask(self.library.HfApi().get_paths_info, list(files))}
+        for remote, local in progress(files.items(), desc="files", unit="file"):
+            if remote not in published:
+                raise PrepareError(f"Hugging Face data set {self.repo}: no file {remote}")
+            self.fetch(remote, local, published[remote])
 
 
 def is_intact(path: Path, published: Any) -> bool:
@@ -523,12 +508,11 @@ def read_listing(path: Path, name: str) -> tuple[dict[str, int], str]:
         raise PrepareError(f"{path.name} of the Hub is not as expected: {error!r}") from None
 
 
-def count_tokens(folder: Path, split: str, bos_id: int) -> SimpleNamespace:
-    """Tokens and documents of a split's shards. Raises InputError if one is no shard."""
-    shards = [read_shard(path) for path in sorted(folder.glob(f"fineweb_{split}_*.bin"))]
-    return SimpleNamespace(
-        documents=sum(int(np.count_nonzero(shard == bos_id)) for shard in shards), tokens=sum(map(len, shards))
-    )
+def count_shards(folder: Path, bos_id: int) -> dict[str, int]:
+    """Documents and tokens of each split's shards, named as in the manifest. Raises InputError if one is no shard."""
+    shards = {split: [read_shard(path) for path in folder.glob(f"fineweb_{split}_*.bin")] for split in SPLITS}
+    documents = {f"{s}_documents": sum(int(np.count_nonzero(x == bos_id)) for x in shards[s]) for s in SPLITS}
+    return documents | {f"{s}_tokens": sum(map(len, shards[s])) for s in SPLITS}
 
 
 def make_fineweb(args: argparse.Namespace) -> None:
@@ -539,7 +523,7 @@ def make_fineweb(args: argparse.Namespace) -> None:
     prefix = os.environ.get("MATCHED_FINEWEB_REMOTE_ROOT_PREFIX", "datasets").strip("/")
     prefix = f"{prefix}/" if prefix else ""
     hub = Hub(repo, folder.parent / ".download")
-    available, model_path = read_listing(hub.download(f"{prefix}manifest.json", force=True), name)
+    available, model_path = read_listing(hub.download(f"{prefix}manifest.json"), name)
     if args.train_shards > available["train"]:
         raise PrepareError(f"--train-shards {args.train_shards}: allowed are 1 to {available['train']}, all there are")
     local_model = args.root.resolve() / "tokenizers" / Path(model_path).name
@@ -547,16 +531,14 @@ def make_fineweb(args: argparse.Namespace) -> None:
     for split, n_shards in (("val", available["val"]), ("train", args.train_shards)):
         for shard in (f"fineweb_{split}_{i:06d}.bin" for i in range(n_shards)):
             files[f"{prefix}datasets/{name}/{shard}"] = folder / shard
-    hub.fetch(files)
+    hub.fetch_all(files)
     shutil.rmtree(hub.staging, ignore_errors=True)
     model = local_model.read_bytes()
-    bos_id = load_tokenizer(model).bos_id()
-    write_manifest(folder, name, model, {split: count_tokens(folder, split, bos_id) for split in SPLITS}, [repo])
+    bos_id = load_tokenizer(model, local_model).bos_id()
+    write_manifest(folder, name, model, count_shards(folder, bos_id), [repo])
 
 
-# ======================================================================================================================
-# Command line
-# ======================================================================================================================
+# --- Command line -----------------------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):

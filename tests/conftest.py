@@ -1,0 +1,163 @@
+"""What the tests share: a tiny tokenizer, tiny shards and a tiny model's settings, all made here and deterministic."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+
+import train_gpt
+
+hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
+hypothesis.settings.register_profile("same_every_time", derandomize=True, database=None, deadline=None)
+hypothesis.settings.load_profile("same_every_time")
+torch.set_num_threads(1)
+
+VOCAB_SIZE, BOS_ID = 320, 1
+ALPHABET = "abcdefghijklmnopqrstuvwxyzATS.,"
+PLAIN = (
+    "the and of to in that it was for on with as his they at be this from have or one had by word but not what all were"
+    " when your can said there use an each which she do how their if will up other about out many then them these so"
+    " some her would make like him into time has look two more write go see number no way could people my than first"
+    " water been call who oil its now find long down day did get come made may part quick brown fox jumps lazy dogs"
+)
+WORDS = PLAIN.split()
+ODD_DOCUMENTS = [
+    " a leading space, then words",
+    "   three spaces   inside and behind   ",
+    "two\nlines and\n\na gap\ttab\r\nCRLF",
+    "emoji \U0001f600\U0001f469\u200d\U0001f52c and caf\u00e9 na\u00efve \u4f60\u597d \u0434\u0430",
+    "\U0001f680 first, digits 0123456789 and UPPER CASE",
+    "e\u0301 combining, \ufb01 ligature, non-breaking\u00a0space, control \x01\x7f",
+    "\n\n\tindented\n        deeply\n",
+    "pieces as text: <s> </s> <unk> <0x0A>",
+]
+TINY = dict(
+    device="cpu",
+    vocab_size=VOCAB_SIZE,
+    num_layers=2,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_mult=2.0,
+    xsa_last_n=1,
+    bigram_vocab_size=64,
+    bigram_dim=8,
+    ve_layers=(1,),
+    ve_dim=8,
+    rope_dims=4,
+    train_seq_len=32,
+    train_batch_tokens=256,
+    micro_batch_tokens=128,
+    iterations=12,
+    warmup_steps=1,
+    max_wallclock_seconds=0.0,
+    lr_warmup_iters=2,
+    warmdown_iters=6,
+    muon_momentum_warmup_steps=4,
+    train_log_every=4,
+    swa_every=2,
+    eval_seq_len=32,
+    eval_stride=8,
+    ttt_chunk_tokens=256,
+    ttt_batch_tokens=128,
+    val_batch_size=512,
+)
+
+
+def sentences(seed, n_words):
+    """English-like text: each word depends on the one before it, so that there is something to learn."""
+    rng = np.random.default_rng(seed)
+    words, at = [], int(rng.integers(len(WORDS)))
+    for i in range(n_words):
+        words.append(WORDS[at].capitalize() if i % 11 == 0 else WORDS[at] + ("." if i % 11 == 10 else ""))
+        at = (3 * at + int(rng.integers(4))) % len(WORDS)
+    return " ".join(words)
+
+
+def write_shard(path, tokens, magic=train_gpt.SHARD_MAGIC, version=train_gpt.SHARD_VERSION, n_tokens=None):
+    """A challenge shard, written from the format's description; the header can be made to lie."""
+    header = np.zeros(256, dtype="<i4")
+    header[:3] = magic, version, len(tokens) if n_tokens is None else n_tokens
+    Path(path).write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
+    return Path(path)
+
+
+@pytest.fixture(name="write_shard", scope="session")
+def write_shard_fixture():
+    return write_shard
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory):
+    """Path of a lossless SentencePiece model of 320 pieces, 256 of them bytes."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    text = folder / "text.txt"
+    text.write_text("\n".join([ALPHABET, *(sentences(seed, 60) for seed in range(12))]), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=VOCAB_SIZE,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        pad_id=0,
+        bos_id=BOS_ID,
+        eos_id=2,
+        unk_id=3,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory, tiny_tokenizer):
+    """A folder with two training shards, a validation shard and the tokenizer, as data/prepare.py leaves them."""
+    folder = tmp_path_factory.mktemp("data")
+    shutil.copy(tiny_tokenizer, folder / "tokenizer.model")
+    sp = sentencepiece.SentencePieceProcessor(model_file=str(tiny_tokenizer))
+
+    def encode(documents):
+        return [token for text in documents for token in [BOS_ID, *sp.encode(text)]]
+
+    train = encode(sentences(100 + i, 60 + 7 * (i % 9)) for i in range(60))
+    cut = 3 * len(train) // 5
+    write_shard(folder / "x_train_000000.bin", train[:cut])
+    write_shard(folder / "x_train_000001.bin", train[cut:])
+    val = [text for i, odd in enumerate(ODD_DOCUMENTS) for text in (odd, sentences(900 + i, 90))]
+    write_shard(folder / "x_val_000000.bin", encode(val))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory, tiny_data):
+    """make(**overrides) -> Config of a tiny model on the tiny data; another data folder may come first."""
+    log_dir = str(tmp_path_factory.mktemp("logs"))
+
+    def make(data_path=tiny_data, **overrides):
+        return train_gpt.Config(**{**TINY, "data_path": str(data_path), "log_dir": log_dir, **overrides})
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_env(tmp_path_factory, tiny_data):
+    """make(**overrides) -> the same settings as an environment for a subprocess, on one thread."""
+    log_dir = str(tmp_path_factory.mktemp("logs"))
+
+    def make(data_path=tiny_data, **overrides):
+        settings = {**TINY, "data_path": str(data_path), "log_dir": log_dir, **overrides}
+        env = {name.upper(): train_gpt.show(value) for name, value in settings.items()}
+        return {**os.environ, "OMP_NUM_THREADS": "1", **env}
+
+    return make

@@ -1,0 +1,82 @@
+"""What only a CUDA device can show. Run with: python -m pytest tests/gpu -q"""
+
+import dataclasses
+
+import pytest
+import torch
+
+import train_gpt
+from test_model import build, naive_attention, random_tokens
+from test_optimizers import Alone
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is present")
+
+
+def on_cuda():
+    run = Alone()
+    run.device, run.dtype, run.compiles, run.log = torch.device("cuda"), torch.bfloat16, True, lambda text="": None
+    return run
+
+
+def test_attention_on_the_gpu_equals_its_definition():
+    q, k, v = (torch.randn(2, 33, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
+    y = train_gpt.attention(q, k, v, train_gpt.find_flash_attention_3())
+    expected = naive_attention(q.cpu(), k.cpu(), v.cpu())
+    assert (y.cpu().double() - expected).norm() / expected.norm() < 1e-2
+
+
+def test_compiled_bfloat16_forward_and_gradients_follow_float32(tiny_config):
+    config = tiny_config(model_dim=256, num_heads=4, num_kv_heads=2)
+    exact = build(config).cuda()
+    fast = train_gpt.GPT(config, torch.bfloat16).cuda()
+    fast.load_state_dict(exact.state_dict())
+    compiled, tokens = on_cuda().wrap(fast), random_tokens(config, 4, 33).cuda()
+    losses = [train_gpt.token_nll(model, tokens).mean() for model in (exact, compiled)]
+    assert abs(losses[0] - losses[1]) < 2e-2
+    for loss in losses:
+        loss.backward()
+    a, b = (torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (exact, fast))
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.98
+
+
+def test_late_qat_acts_on_the_compiled_model(tiny_config):
+    config = tiny_config(model_dim=256, num_heads=4, num_kv_heads=2, matrix_clip_sigmas=60.0)
+    model = build(config).cuda()
+    model.dtype = torch.bfloat16
+    compiled, tokens = on_cuda().wrap(model), random_tokens(config, 4, 33).cuda()
+    plain = compiled(tokens)
+    with train_gpt.fake_quantized(model, config):
+        assert (compiled(tokens) - plain).abs().max() > 1e-2
+    torch.testing.assert_close(compiled(tokens), plain)
+
+
+def test_training_on_the_gpu_lowers_the_loss_and_restores_after_warm_up(tiny_config):
+    config = tiny_config(model_dim=256, num_heads=4, num_kv_heads=2, warmup_steps=2, device="cuda")
+    run = on_cuda()
+    model = train_gpt.GPT(config, torch.bfloat16).init_weights(config).cuda()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizers, called = train_gpt.Optimizers(model, config, run), run.wrap(model)
+    train_gpt.warm_up(model, called, optimizers, config, run)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    loader, losses = train_gpt.TrainLoader(config, run), []
+    for step in range(30):
+        nats = train_gpt.accumulate_gradients(called, loader.batch(step), None, config)
+        losses.append(nats.item() / config.train_batch_tokens)
+        optimizers.step(1.0, 0.9)
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize("stage", train_gpt.STAGES)
+def test_scores_on_the_gpu_follow_the_cpu(tiny_config, stage):
+    config = tiny_config(model_dim=256, num_heads=4, num_kv_heads=2)
+    model, tokenizer, found = build(config), train_gpt.Tokenizer(config), []
+    for run in (Alone(), on_cuda()):
+        c = dataclasses.replace(config, device=run.device.type)
+        stream = train_gpt.Stream(c, run.device)
+        if run.device.type == "cuda":
+            model.dtype = torch.bfloat16
+        else:
+            run.compiles = False
+        predictor = train_gpt.make_predictor(stage, model.to(run.device), c, run, tokenizer)
+        found.append(train_gpt.score(predictor, stream, tokenizer, c.ttt_chunk_tokens, run).val_bpb)
+    assert abs(found[0] - found[1]) < 0.02 * found[0]

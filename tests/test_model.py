@@ -1,0 +1,232 @@
+"""Kernels and Model: the fast operations against plain definitions, causality, documents, and every switch."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt
+from train_gpt import GPT
+
+
+def build(config, seed=0):
+    """A model with every parameter random, so that no branch is hidden behind a zero."""
+    model = GPT(config).init_weights(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def random_tokens(config, batch=2, seq_len=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, config.vocab_size, (batch, seq_len), generator=generator)
+
+
+def naive_attention(q, k, v):
+    """Causal softmax attention, one head and one position at a time, in float64."""
+    batch, seq_len, heads, head_dim = q.shape
+    group = heads // k.shape[2]
+    y = torch.zeros(q.shape, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            for t in range(seq_len):
+                scores = k[b, : t + 1, h // group].double() @ q[b, t, h].double() / math.sqrt(head_dim)
+                y[b, t, h] = scores.softmax(0) @ v[b, : t + 1, h // group].double()
+    return y
+
+
+def test_attention_equals_its_definition_with_grouped_heads():
+    q, k, v = torch.randn(2, 7, 4, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
+    torch.testing.assert_close(train_gpt.attention(q, k, v).double(), naive_attention(q, k, v), atol=1e-5, rtol=0)
+
+
+def test_flash_attention_is_called_with_its_own_layout_when_there_is_one():
+    q, k, v = torch.randn(1, 5, 2, 8), torch.randn(1, 5, 1, 8), torch.randn(1, 5, 1, 8)
+
+    def stand_in(q, k, v, causal):
+        assert causal
+        return naive_attention(q, k, v).float(), "log-sum-exp"
+
+    torch.testing.assert_close(
+        train_gpt.attention(q, k, v, stand_in), train_gpt.attention(q, k, v), atol=1e-5, rtol=0
+    )
+
+
+def test_shift_moves_one_position_later():
+    x = torch.arange(6.0).view(1, 3, 2)
+    assert train_gpt.shift(x).tolist() == [[[0, 0], [0, 1], [2, 3]]]
+    assert train_gpt.shift(torch.tensor([[5, 6, 7]])).tolist() == [[0, 5, 6]]
+
+
+def test_rotary_keeps_norms_passes_other_channels_and_sees_only_distances():
+    seq_len, half, head_dim = 9, 3, 10
+    angle = torch.outer(torch.arange(seq_len).float(), torch.tensor([1.0, 0.3, 0.05]))
+    q, k = torch.randn(1, 1, 1, head_dim), torch.randn(1, 1, 1, head_dim)
+    spread = [train_gpt.rotate(x.expand(1, seq_len, 1, head_dim), angle.cos(), angle.sin()) for x in (q, k)]
+    torch.testing.assert_close(spread[0].norm(dim=-1), q.norm(dim=-1).expand(1, seq_len, 1))
+    assert torch.equal(spread[0][..., 2 * half :], q[..., 2 * half :].expand(1, seq_len, 1, -1))
+    scores = torch.einsum("bthd,bshd->ts", *spread)
+    for distance in range(seq_len):
+        diagonal = scores.diagonal(-distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), atol=1e-4, rtol=1e-4)
+
+
+def test_exclusive_attention_leaves_nothing_along_the_own_value():
+    y, v = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 2, 8)
+    left = train_gpt.remove_own_value(y, v)
+    along = (left * v.repeat_interleave(2, dim=2)).sum(-1)
+    assert along.abs().max() < 1e-4
+    again = train_gpt.remove_own_value(left, v)
+    torch.testing.assert_close(again, left, atol=1e-5, rtol=1e-5)
+
+
+def test_logits_are_capped_float32_of_the_full_vocabulary(tiny_config):
+    config = tiny_config(logit_softcap=2.0)
+    logits = build(config)(random_tokens(config))
+    assert logits.shape == (2, 24, config.vocab_size) and logits.dtype == torch.float32
+    assert 1.0 < logits.abs().max() <= 2.0
+
+
+def test_keep_returns_the_last_positions(tiny_config):
+    config = tiny_config()
+    model, tokens = build(config), random_tokens(config)
+    torch.testing.assert_close(model(tokens, 5), model(tokens)[:, -5:], atol=1e-5, rtol=1e-5)
+
+
+def test_no_row_sees_a_later_token(tiny_config):
+    config = tiny_config()
+    model, tokens = build(config), random_tokens(config)
+    before = model(tokens)
+    for j in (1, 7, 23):
+        changed = tokens.clone()
+        changed[:, j:] = random_tokens(config, seed=j)[:, j:]
+        after = model(changed)
+        assert torch.equal(after[:, :j], before[:, :j])
+        assert not torch.equal(after[:, j], before[:, j])
+
+
+def test_stem_does_not_carry_one_document_into_the_next(tiny_config):
+    """Of all that precedes attention, nothing at a BOS may depend on the token before it."""
+    config = tiny_config()
+    model, tokens = build(config), random_tokens(config, batch=1)
+    tokens[0, 10] = config.bos_id
+    changed = tokens.clone()
+    changed[0, 9] = (tokens[0, 9] + 1) % config.vocab_size
+
+    def stem(tokens):
+        x = model.tok_emb(tokens) + model.bigram(tokens, torch.float32)
+        return model.smear(x, tokens)
+
+    before, after = stem(tokens), stem(changed)
+    assert torch.equal(before[0, 10], after[0, 10])
+    assert not torch.equal(before[0, 9], after[0, 9])
+
+
+def test_smear_adds_the_gated_token_before(tiny_config):
+    config = tiny_config()
+    smear = train_gpt.SmearGate(config)
+    with torch.no_grad():
+        smear.scale.fill_(0.5)
+        smear.gate.normal_()
+    x, tokens = torch.randn(1, 4, config.model_dim), torch.tensor([[7, 8, config.bos_id, 9]])
+    y = smear(x, tokens)
+    for t in (1, 3):
+        gate = 0.5 * torch.sigmoid(x[0, t, :12] @ smear.gate)
+        torch.testing.assert_close(y[0, t], x[0, t] + gate * x[0, t - 1])
+    assert torch.equal(y[0, [0, 2]], x[0, [0, 2]])
+
+
+def test_bigram_hash_is_the_published_one_and_alone_after_a_bos(tiny_config):
+    config = tiny_config()
+    bigram = train_gpt.BigramEmbedding(config)
+    tokens = [11, 12, config.bos_id, 13]
+    rows = [config.bigram_vocab_size - 1]
+    rows.append(((36313 * 12) ^ (27191 * 11)) % (config.bigram_vocab_size - 1))
+    rows.append(config.bigram_vocab_size - 1)
+    rows.append(((36313 * 13) ^ (27191 * config.bos_id)) % (config.bigram_vocab_size - 1))
+    expected = bigram.scale * bigram.proj(bigram.emb(torch.tensor([rows])))
+    torch.testing.assert_close(bigram(torch.tensor([tokens]), torch.float32), expected)
+
+
+SWITCHES = dict(
+    xsa_last_n=0,
+    bigram_vocab_size=0,
+    value_residual=False,
+    ve_layers=(),
+    smear_gate=False,
+    rope_dims=0,
+    layer_scale=False,
+    unet_skips=False,
+    logit_softcap=0.0,
+    tie_embeddings=False,
+    leaky_slope=0.0,
+)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_each_switch_changes_the_function_and_every_parameter_gets_a_gradient(tiny_config, name):
+    on, off = tiny_config(num_layers=3, ve_layers=(1, 2)), tiny_config(num_layers=3, ve_layers=(1, 2))
+    off = train_gpt.dataclasses.replace(off, **{name: SWITCHES[name]})
+    tokens = random_tokens(on)
+    with_it, without = build(on), build(off)
+    shapes = {n: p.shape for n, p in without.state_dict().items()}
+    without.load_state_dict({n: p for n, p in with_it.state_dict().items() if shapes.get(n) == p.shape}, strict=False)
+    assert not torch.allclose(with_it(tokens), without(tokens), atol=1e-4)
+    F.cross_entropy(without(tokens).flatten(0, 1), tokens.flatten()).backward()
+    for parameter, p in without.named_parameters():
+        assert p.numel() == 0 or (p.grad is not None and p.grad.abs().sum() > 0), parameter
+
+
+def test_skips_pair_the_latest_with_the_earliest(tiny_config):
+    """With blocks that add nothing but their skip, layer 2 takes back layer 1's output and layer 3 layer 0's."""
+    config = tiny_config(num_layers=4, ve_layers=(), xsa_last_n=0, value_residual=False)
+    model = GPT(config).init_weights(config)
+    with torch.no_grad():
+        for layer, block in enumerate(model.blocks):
+            block.resid_mix[0].fill_(float(layer + 2))
+        model.skip_scale[0].fill_(10.0)
+        model.skip_scale[1].fill_(100.0)
+    x = torch.ones(1, 3, config.model_dim)
+    out0 = 2.0
+    out1 = 3 * out0
+    out2 = 4 * (out1 + 10 * out1)
+    out3 = 5 * (out2 + 100 * out0)
+    y = model.run_blocks(x, random_tokens(config, 1, 3))
+    torch.testing.assert_close(y, out3 * x)
+
+
+def test_default_model_has_the_published_size():
+    """11 x 512 with 8 heads over 4: the banks, tables and vectors of the 2026-03-22 record, with our 12-channel gate."""
+    config = train_gpt.Config()
+    with torch.device("meta"):
+        model = GPT(config)
+    matrices = sum(p.numel() for n, p in model.named_parameters() if train_gpt.is_block_matrix(n, p))
+    assert matrices == 22 * 512 * 512 + 22 * 256 * 512 + 2 * 11 * 1536 * 512
+    tables = 1024 * 512 + 2048 * 128 + 1024 * 128
+    projections = 512 * 128 + 256 * 128
+    vectors = 11 * (4 * 512 + 8) + 10 * 2 + 5 * 512 + 13 + 1 + 2
+    assert sum(p.numel() for p in model.parameters()) == matrices + tables + projections + vectors
+
+
+def test_init_is_the_same_for_one_seed_and_differs_for_another(tiny_config):
+    states = [GPT(c).init_weights(c).state_dict() for c in (tiny_config(seed=1), tiny_config(seed=1), tiny_config(seed=2))]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["tok_emb.weight"], states[2]["tok_emb.weight"])
+
+
+def test_one_graph_without_breaks(tiny_config):
+    config = tiny_config()
+    model, tokens = build(config), random_tokens(config)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    torch.testing.assert_close(compiled(tokens), model(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_bfloat16_activations_stay_near_float32(tiny_config):
+    config = tiny_config()
+    model, tokens = build(config), random_tokens(config)
+    exact = model(tokens)
+    model.dtype = torch.bfloat16
+    assert (model(tokens) - exact).abs().mean() < 0.05 * exact.abs().mean()

@@ -1,0 +1,271 @@
+"""Scoring: predictors by the four conditions, and the one loop against a sum written out."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+
+import train_gpt
+from test_model import build
+from test_optimizers import Alone
+from train_gpt import GPT, Adapting, Frozen, InputError, Mixture, Stream, Tokenizer, fingerprint, make_predictor, score
+
+STAGES = train_gpt.STAGES
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def world(tiny_config):
+    """(config, model, tokenizer, stream) at a learning rate that makes adaptation visible."""
+    config = tiny_config(ttt_lr=0.05, ttt_epochs=1)
+    model = build(config)
+    return config, model, Tokenizer(config), Stream(config, CPU)
+
+
+def predictor_of(stage, world, **overrides):
+    config, model, tokenizer, _ = world
+    return make_predictor(stage, model, dataclasses.replace(config, **overrides), Alone(), tokenizer)
+
+
+def chunk_size(stage, config):
+    return config.ttt_chunk_tokens if stage in ("ttt", "mixed") else config.val_batch_size
+
+
+def rows_of(predictor, stream, chunk_tokens):
+    """All rows of a pass, with the updates in between: [N, V]."""
+    found = []
+    for chunk in stream.chunks(chunk_tokens):
+        found.append(predictor.predict(chunk.inputs, slice(0, len(chunk.inputs))))
+        predictor.update(chunk.tokens)
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_rows_are_full_positive_normalized_distributions(world, stage):
+    config, _, _, stream = world
+    rows = rows_of(predictor_of(stage, world), stream, chunk_size(stage, config))
+    assert rows.shape == (len(stream), config.vocab_size)
+    assert torch.isfinite(rows).all()
+    assert (rows.double().exp().sum(1) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_row_depends_on_its_token_or_a_later_one(world, stage):
+    """Change everything from position j on: all rows up to and including j's stay the same to the last bit."""
+    config, _, _, stream = world
+    size = chunk_size(stage, config)
+    before = rows_of(predictor_of(stage, world), stream, size)
+    for j in (0, 40, size - 1, size, size + 77):
+        changed = copy.copy(stream)
+        generator = torch.Generator().manual_seed(j)
+        tail = torch.randint(4, config.vocab_size, (len(stream) - j,), generator=generator)
+        changed.tokens = torch.cat([stream.tokens[: j + 1], tail])
+        after = rows_of(predictor_of(stage, world), changed, size)
+        assert torch.equal(before[: j + 1], after[: j + 1]), j
+        assert not torch.equal(before[j + 1], after[j + 1])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_predict_leaves_the_fingerprint_and_update_changes_it(world, stage):
+    config, _, _, stream = world
+    predictor = predictor_of(stage, world)
+    seen = set()
+    for chunk in list(stream.chunks(chunk_size(stage, config)))[:3]:
+        before = fingerprint(predictor)
+        predictor.predict(chunk.inputs, slice(0, len(chunk.inputs)))
+        assert fingerprint(predictor) == before
+        predictor.update(chunk.tokens)
+        assert fingerprint(predictor) not in seen | {before}
+        seen.add(before)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_does_not_change_the_model_it_was_given(world, stage):
+    config, model, _, stream = world
+    before = copy.deepcopy(model.state_dict())
+    rows_of(predictor_of(stage, world), stream, chunk_size(stage, config))
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_frozen_rows_are_the_plain_forward_over_each_position_s_window(world):
+    config, model, _, stream = world
+    seq_len, stride = config.eval_seq_len, config.eval_stride
+    rows = rows_of(Frozen(model, config, Alone(), stride), stream, 100)
+    inputs = stream.tokens[:-1]
+    for t in (0, 5, seq_len - 1, seq_len, seq_len + stride - 1, 3 * seq_len + 5, len(inputs) - 1):
+        start = max(0, -(-(t + 1 - seq_len) // stride)) * stride
+        expected = model(inputs[start : t + 1].unsqueeze(0))[0, -1].log_softmax(-1)
+        torch.testing.assert_close(rows[t], expected, atol=1e-4, rtol=1e-4)
+
+
+def test_frozen_score_does_not_depend_on_chunks_or_batches(world):
+    config, model, tokenizer, stream = world
+    scores = []
+    for chunk_tokens, micro_batch_tokens in ((512, 128), (97, 32), (10**6, 1024)):
+        c = dataclasses.replace(config, micro_batch_tokens=micro_batch_tokens)
+        scores.append(score(Frozen(model, c, Alone(), 8), stream, tokenizer, chunk_tokens, Alone()).val_bpb)
+    assert scores == pytest.approx([scores[0]] * 3, abs=1e-6)
+
+
+def test_score_is_the_sum_of_bits_over_the_bytes_of_the_text(world):
+    config, _, tokenizer, stream = world
+    rows = rows_of(predictor_of("roundtrip", world), stream, config.val_batch_size)
+    result = score(predictor_of("roundtrip", world), stream, tokenizer, config.val_batch_size, Alone())
+    nats = -sum(rows[t, stream.tokens[t + 1]].item() for t in range(len(stream)))
+    text_bytes = sum(
+        len(tokenizer.sp.decode(document).encode())
+        for document in documents_of(stream.tokens.tolist(), config.bos_id)
+    )
+    assert int(result.token_bytes.sum()) == text_bytes
+    assert result.val_bpb == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
+    assert result.val_loss == pytest.approx(nats / len(stream), rel=1e-6)
+
+
+def documents_of(tokens, bos_id):
+    documents = []
+    for token in tokens:
+        if token == bos_id:
+            documents.append([])
+        else:
+            documents[-1].append(token)
+    return documents
+
+
+def test_the_loop_updates_after_scoring_and_not_after_the_last_chunk(world):
+    """The calls on a predictor: predict and update alternate, update gets what was just predicted, none follows the last."""
+    config, _, tokenizer, stream = world
+    calls = []
+
+    class Recording(Frozen):
+        def predict(self, inputs, rows):
+            calls.append(("predict", self.seen, len(inputs)))
+            return super().predict(inputs, rows)
+
+        def update(self, tokens):
+            calls.append(("update", self.seen, len(tokens) - 1))
+            super().update(tokens)
+
+    score(Recording(world[1], config, Alone(), 8), stream, tokenizer, 256, Alone())
+    n = -(-len(stream) // 256)
+    assert [name for name, _, _ in calls] == ["predict", "update"] * (n - 1) + ["predict"]
+    assert all(a[1:] == b[1:] for a, b in zip(calls[::2], calls[1::2], strict=False))
+    assert sum(size for name, _, size in calls if name == "predict") == len(stream)
+
+
+def test_a_row_that_does_not_sum_to_one_is_refused(world):
+    config, model, tokenizer, stream = world
+
+    class EntropyExpert(Frozen):
+        """What published mixers did: e^-H for every token."""
+
+        def predict(self, inputs, rows):
+            logp = super().predict(inputs, rows)
+            return (logp.exp() * logp).sum(1, keepdim=True).expand_as(logp)
+
+    with pytest.raises(InputError, match="sum is off"):
+        score(EntropyExpert(model, config, Alone(), 8), stream, tokenizer, 256, Alone())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_adaptation_learns_the_stream(tiny_config, optimizer):
+    config = tiny_config(ttt_optimizer=optimizer, ttt_lr=0.05 if optimizer == "sgd" else 0.002, ttt_epochs=3)
+    model, tokenizer, stream = GPT(config).init_weights(config), Tokenizer(config), Stream(config, CPU)
+    frozen = score(Frozen(model, config, Alone(), 8), stream, tokenizer, 256, Alone()).val_bpb
+    adapted = score(Adapting(model, config, Alone(), tokenizer), stream, tokenizer, 256, Alone()).val_bpb
+    assert adapted < frozen - 0.05
+
+
+def test_without_epochs_adaptation_is_the_frozen_model(world):
+    config, _, _, stream = world
+    frozen = rows_of(predictor_of("sliding", world), stream, config.ttt_chunk_tokens)
+    assert torch.equal(frozen, rows_of(predictor_of("ttt", world, ttt_epochs=0), stream, config.ttt_chunk_tokens))
+
+
+def test_frozen_blocks_stay_and_the_others_move(world):
+    config, model, tokenizer, stream = world
+    adapting = Adapting(model, dataclasses.replace(config, ttt_freeze_blocks=1), Alone(), tokenizer)
+    rows_of(adapting, stream, config.ttt_chunk_tokens)
+    for layer, (was, now) in enumerate(zip(model.blocks, adapting.learner.blocks, strict=True)):
+        same = [torch.equal(a, b) for a, b in zip(was.parameters(), now.parameters(), strict=True)]
+        assert all(same) if layer == 0 else not any(same)
+
+
+def test_polyak_average_predicts_and_trails_the_learner(world):
+    config, model, tokenizer, stream = world
+    adapting = Adapting(model, dataclasses.replace(config, ttt_polyak=0.5), Alone(), tokenizer)
+    average = model.tok_emb.weight.detach().clone()
+    for chunk in stream.chunks(config.ttt_chunk_tokens):
+        inputs, targets, weights = adapting.training_sequences(chunk.tokens)
+        adapting.step(inputs, targets, weights)
+        average = 0.5 * average + 0.5 * adapting.learner.tok_emb.weight.detach()
+    torch.testing.assert_close(adapting.average.tok_emb.weight, average)
+    adapting.context, adapting.seen = adapting.context[:0], 0
+    row = adapting.predict(stream.tokens[:8], slice(7, 8))[0]
+    expected = adapting.average(stream.tokens[:8].unsqueeze(0))[0, -1].log_softmax(-1)
+    torch.testing.assert_close(row, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_learning_rate_follows_the_cosine_over_the_given_length(world):
+    adapting = predictor_of("ttt", world, ttt_lr=0.1, ttt_cosine_tokens=1000)
+    rates = []
+    for seen in (0, 500, 1000, 5000):
+        adapting.seen = seen
+        rates.append(adapting.learning_rate())
+    assert rates == pytest.approx([0.1, 0.05, 0.0, 0.0])
+
+
+def test_training_sequences_hold_every_token_once_and_weigh_bytes(world):
+    config, _, tokenizer, stream = world
+    adapting = predictor_of("ttt", world, ttt_byte_weighted=True)
+    tokens = stream.tokens[:101]
+    inputs, targets, weights = adapting.training_sequences(tokens)
+    n = len(tokens) - 1
+    assert inputs.shape == targets.shape == weights.shape == (-(-n // config.train_seq_len), config.train_seq_len)
+    assert torch.equal(inputs.flatten()[:n], tokens[:-1]) and torch.equal(targets.flatten()[:n], tokens[1:])
+    assert torch.equal(weights.flatten()[:n], tokenizer.count_bytes(tokens[:-1], tokens[1:]).float())
+    assert weights.flatten()[n:].sum() == 0
+
+
+def test_temperature_divides_the_logits(world):
+    config, model, _, stream = world
+    hot = predictor_of("ttt", world, ttt_temperature=2.0, ttt_epochs=0)
+    inputs = stream.tokens[:20]
+    expected = (model(inputs.unsqueeze(0))[0] / 2).log_softmax(-1)
+    torch.testing.assert_close(hot.predict(inputs, slice(0, 20)), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_mixture_row_is_the_weighted_sum_of_its_experts(world):
+    config, _, _, stream = world
+    mixture = predictor_of("mixed", world)
+    assert isinstance(mixture, Mixture)
+    for chunk in list(stream.chunks(config.ttt_chunk_tokens))[:2]:
+        rows = mixture.predict(chunk.inputs, slice(0, len(chunk.inputs)))
+        experts = torch.stack(mixture.experts, 1).double()
+        said = experts.gather(2, chunk.targets.view(-1, 1, 1).expand(-1, experts.shape[1], 1)).squeeze(2)
+        weights = mixture.mixer.weights_along(said)[:-1]
+        expected = (weights.unsqueeze(2) * experts.exp()).sum(1)
+        torch.testing.assert_close(rows.double().exp(), expected, atol=1e-6, rtol=1e-4)
+        mixture.update(chunk.tokens)
+
+
+def test_mixture_contains_the_adapting_model_s_rows_unchanged(world):
+    config, _, _, stream = world
+    alone, mixture = predictor_of("ttt", world), predictor_of("mixed", world)
+    for chunk in stream.chunks(config.ttt_chunk_tokens):
+        rows = slice(0, len(chunk.inputs))
+        mixture.predict(chunk.inputs, rows)
+        assert torch.equal(mixture.experts[0], alone.predict(chunk.inputs, rows))
+        mixture.update(chunk.tokens)
+        alone.update(chunk.tokens)
+
+
+def test_a_part_of_the_rows_is_that_part_of_the_whole(world):
+    config, _, _, stream = world
+    for stage in STAGES[:3]:
+        predictor = predictor_of(stage, world)
+        chunk = next(iter(stream.chunks(200)))
+        whole = predictor.predict(chunk.inputs, slice(0, 200))
+        for part in (slice(0, 64), slice(64, 133), slice(199, 200), slice(50, 50)):
+            torch.testing.assert_close(predictor.predict(chunk.inputs, part), whole[part], atol=1e-5, rtol=1e-5)

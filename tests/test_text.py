@@ -1,0 +1,396 @@
+"""Text: shards are read exactly, bytes are counted as the decoder writes them, every position has one window."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+from train_gpt import Config, InputError, Run, Stream, Tokenizer, TrainLoader, read_shard, windows
+
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+CPU = torch.device("cpu")
+
+
+def refusal(call, *arguments):
+    """The one-line message with which a call is refused."""
+    with pytest.raises(InputError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Shards
+
+
+@given(st.lists(st.integers(0, 65535), min_size=1, max_size=300))
+def test_a_shard_is_read_token_for_token(tmp_path_factory, write_shard, tokens):
+    path = write_shard(tmp_path_factory.getbasetemp() / "any_train_0.bin", tokens)
+    read = read_shard(path)
+    assert read.tolist() == tokens and read.dtype == np.uint16
+
+
+@pytest.mark.parametrize(
+    ("lie", "named"),
+    [
+        (dict(magic=20240521), ("magic 20240521", "20240520")),
+        (dict(version=2), ("version 2", "1")),
+        (dict(n_tokens=4), ("1034 bytes", "4 tokens", "1032")),
+        (dict(n_tokens=6), ("1034 bytes", "6 tokens", "1036")),
+        (dict(n_tokens=0), ("0 tokens",)),
+        (dict(n_tokens=-1), ("-1 tokens",)),
+    ],
+    ids=str,
+)
+def test_a_shard_whose_header_is_wrong_is_refused(tmp_path, write_shard, lie, named):
+    path = write_shard(tmp_path / "x.bin", [1, 2, 3, 4, 5], **lie)
+    message = refusal(read_shard, path)
+    assert str(path) in message and all(part in message for part in named)
+
+
+@pytest.mark.parametrize("size", [0, 4, 12, 1020, 1022, 1023])
+def test_a_shard_without_a_whole_header_is_refused(tmp_path, write_shard, size):
+    path = write_shard(tmp_path / "x.bin", [1, 2, 3])
+    path.write_bytes(path.read_bytes()[:size])
+    assert "1024 or more" in refusal(read_shard, path)
+
+
+def test_a_shard_with_half_a_token_is_refused(tmp_path, write_shard):
+    path = write_shard(tmp_path / "x.bin", [1, 2, 3])
+    path.write_bytes(path.read_bytes()[:-1])
+    assert "1029 bytes" in refusal(read_shard, path)
+
+
+def test_a_folder_without_shards_is_refused(tmp_path, tiny_config):
+    c = tiny_config(tmp_path)
+    assert f"DATA_PATH={tmp_path}" in refusal(TrainLoader, c, Run(c))
+    assert "no shard" in refusal(Stream, c, CPU)
+
+
+def test_shards_are_found_whatever_the_folder_is_called(tmp_path, write_shard, tiny_config):
+    folder = tmp_path / "set [1] *"
+    folder.mkdir()
+    write_shard(folder / "x_val_0.bin", range(40))
+    assert len(Stream(tiny_config(folder), CPU)) == 39
+
+
+def test_a_token_past_the_vocabulary_is_refused(tmp_path, write_shard, tiny_config):
+    c = tiny_config(tmp_path)
+    for split in ("train", "val"):
+        write_shard(tmp_path / f"x_{split}_0.bin", [1] * 40 + [320])
+    loader = TrainLoader(c, Run(c))
+    assert "token id 320" in refusal(Stream, c, CPU)
+    assert "VOCAB_SIZE=320" in refusal(loader.head, 41)
+
+
+# Tokenizer
+
+
+@pytest.fixture
+def data_copy(tmp_path, tiny_data):
+    return Path(shutil.copytree(tiny_data, tmp_path / "data"))
+
+
+def test_a_missing_tokenizer_is_refused(data_copy, tiny_config):
+    (data_copy / "tokenizer.model").unlink()
+    assert "no such file" in refusal(Tokenizer, tiny_config(data_copy))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a model at all", bytes(range(256)) * 20], ids=["empty", "text", "bytes"]
+)
+def test_a_file_that_is_no_tokenizer_is_refused(data_copy, tiny_config, content):
+    (data_copy / "tokenizer.model").write_bytes(content)
+    assert "not a SentencePiece model" in refusal(Tokenizer, tiny_config(data_copy))
+
+
+def test_half_a_tokenizer_is_refused(data_copy, tiny_config):
+    path = data_copy / "tokenizer.model"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert "TOKENIZER_PATH=" in refusal(Tokenizer, tiny_config(data_copy))
+
+
+def test_a_tokenizer_of_another_size_is_refused(tiny_config):
+    assert "320 pieces; VOCAB_SIZE=400" in refusal(Tokenizer, tiny_config(vocab_size=400))
+
+
+def test_a_tokenizer_with_another_bos_is_refused(tiny_config):
+    assert "BOS id 1; BOS_ID=2" in refusal(Tokenizer, tiny_config(bos_id=2))
+
+
+def test_a_tokenizer_other_than_the_manifests_is_refused(data_copy, tiny_config):
+    manifest = data_copy / "manifest.json"
+    manifest.write_text(json.dumps(dict(tokenizer_sha256="0" * 64)))
+    assert "sha256 differs" in refusal(Tokenizer, tiny_config(data_copy))
+    right = hashlib.sha256((data_copy / "tokenizer.model").read_bytes()).hexdigest()
+    manifest.write_text(json.dumps(dict(tokenizer_sha256=right)))
+    assert Tokenizer(tiny_config(data_copy)).sha256 == right
+
+
+def test_a_manifest_that_is_no_json_is_refused(data_copy, tiny_config):
+    (data_copy / "manifest.json").write_text("{half")
+    assert "manifest.json" in refusal(Tokenizer, tiny_config(data_copy))
+
+
+def test_a_tokenizer_elsewhere_can_be_named(tiny_tokenizer, data_copy, tiny_config):
+    (data_copy / "tokenizer.model").unlink()
+    c = tiny_config(data_copy, tokenizer_path=str(tiny_tokenizer))
+    assert Tokenizer(c).sha256 == hashlib.sha256(tiny_tokenizer.read_bytes()).hexdigest()
+
+
+def test_a_tokenizer_without_byte_pieces_is_refused(tmp_path, data_copy, tiny_config):
+    text = tmp_path / "text.txt"
+    text.write_text("\n".join(f"{a}{b}{c}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrstuvwx"))
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "t"), model_type="bpe", vocab_size=320, minloglevel=2
+    )
+    c = tiny_config(data_copy, tokenizer_path=str(tmp_path / "t.model"))
+    assert "no byte pieces" in refusal(Tokenizer, c)
+
+
+# Bytes
+
+
+def counted_bytes(tokenizer, documents):
+    """Bytes of each document's tokens, counted on the one stream that they make."""
+    ids = [[tokenizer.bos_id, *document] for document in documents]
+    stream = torch.tensor([token for document in ids for token in document] + [tokenizer.bos_id])
+    counts = tokenizer.count_bytes(stream[:-1], stream[1:])
+    assert counts.dtype == torch.int64 and counts.shape == stream[1:].shape
+    # count[i] belongs to token i + 1, so a document's part ends with the next one's BOS, which must add nothing.
+    return [part.sum().item() for part in counts.split([len(document) for document in ids])]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_config):
+    return Tokenizer(tiny_config())
+
+
+NASTY = st.one_of(
+    st.text(st.characters(codec="utf-8"), max_size=40),
+    st.text(
+        st.sampled_from(" \u2581\u00a0\n\t\r\u3000aeT.\U0001f600\u0301\u00e9\ufffd\ufeff\u200d\x00\x7f"), max_size=30
+    ),
+    st.lists(st.sampled_from(["the", " the", " ", "  ", "<s>", "<unk>", "<0x41>", "\n", " of"]), max_size=12).map(
+        "".join
+    ),
+)
+
+
+@settings(max_examples=300)
+@given(documents=st.lists(NASTY, min_size=1, max_size=5))
+def test_bytes_are_those_of_the_decoded_text_document_by_document(tokenizer, documents):
+    ids = tokenizer.sp.encode(documents)
+    assert counted_bytes(tokenizer, ids) == [len(tokenizer.sp.decode(i).encode("utf-8")) for i in ids]
+
+
+@settings(max_examples=300)
+@given(documents=st.lists(NASTY, min_size=1, max_size=5))
+def test_a_lossless_tokenizer_counts_the_texts_own_bytes(tokenizer, documents):
+    """U+2581 is SentencePiece's own sign for a space, and no tokenizer can tell the two apart."""
+    assume(not any("\u2581" in text for text in documents))
+    assert counted_bytes(tokenizer, tokenizer.sp.encode(documents)) == [len(text.encode("utf-8")) for text in documents]
+
+
+def test_a_bos_and_the_other_control_pieces_have_no_bytes(tokenizer):
+    for previous in (1, 270):
+        assert tokenizer.count_bytes(torch.full((4,), previous), torch.tensor([0, 1, 2, 3])).tolist() == [0, 0, 0, 0]
+
+
+def test_every_byte_piece_is_one_byte_after_anything(tokenizer):
+    pieces = torch.tensor([i for i in range(320) if tokenizer.sp.is_byte(i)])
+    assert len(pieces) == 256
+    for previous in (1, 270):
+        assert tokenizer.count_bytes(torch.full_like(pieces, previous), pieces).eq(1).all()
+
+
+@pytest.mark.parametrize("pieces", [1024, 8192])
+@pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")
+def test_bytes_of_real_text_are_those_of_the_decoded_text(pieces, tmp_path):
+    path = SHARED / "tokenizers" / f"fineweb_{pieces}_bpe.model"
+    tokenizer = Tokenizer(Config(vocab_size=pieces, tokenizer_path=str(path), data_path=str(tmp_path)))
+    with open(SHARED / "text" / "val_fineweb.jsonl", encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line, _ in zip(file, range(100), strict=False)]
+    texts += [" leading", "  two leading", "", "\n", "\U0001f600 smile", "   ", "a  b "]
+    ids = tokenizer.sp.encode(texts)
+    assert counted_bytes(tokenizer, ids) == [len(tokenizer.sp.decode(i).encode("utf-8")) for i in ids]
+
+
+# Training sequences
+
+
+def loader_on(folder, c, rank=0, world_size=1):
+    run = Run(c)
+    run.rank, run.world_size = rank, world_size
+    return TrainLoader(c, run)
+
+
+@pytest.fixture
+def counting(tmp_path, write_shard, tiny_config):
+    """Settings of a folder whose three shards hold 0, 1, 2, ... without a break; no shard is whole spans long."""
+    for i, (first, last) in enumerate(((0, 1000), (1000, 1017), (1017, 3333))):
+        write_shard(tmp_path / f"x_train_{i:06d}.bin", range(first, last))
+    return tiny_config(tmp_path, vocab_size=65536, train_batch_tokens=5 * 32)
+
+
+def test_each_sequence_is_a_run_of_consecutive_tokens(counting):
+    loader = loader_on(counting.data_path, counting)
+    for i in range(300):
+        sequence = loader.sequence(i)
+        assert len(sequence) == 33 and (np.diff(sequence) == 1).all()
+
+
+def test_every_span_comes_once_before_any_comes_twice(counting):
+    loader = loader_on(counting.data_path, counting)
+    expected = [*range(0, 999 - 31, 32), *range(1017, 3332 - 31, 32)]  # the shard of 17 tokens has none
+    n = int(loader.ends[-1])
+    for first in (0, 1, n, 5 * n + 3):
+        starts = [int(loader.sequence(i)[0]) for i in range(first, first + n)]
+        assert sorted(starts) == expected
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(n_tokens=st.integers(9, 400), seed=st.integers(0, 2**31))
+def test_every_span_comes_once_at_any_length_and_seed(tmp_path, write_shard, tiny_config, n_tokens, seed):
+    write_shard(tmp_path / "x_train_0.bin", range(n_tokens))
+    c = tiny_config(tmp_path, train_seq_len=8, train_batch_tokens=8, vocab_size=65536, seed=seed)
+    loader, n = loader_on(tmp_path, c), (n_tokens - 1) // 8
+    starts = [int(loader.sequence(i)[0]) for i in range(n)]
+    assert sorted(starts) == [8 * i for i in range(n)]
+    assert math.gcd(loader.stride, n) == 1
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+def test_the_ranks_batches_together_are_the_batch_of_one_rank(counting, world_size):
+    alone = loader_on(counting.data_path, counting)
+    loaders = [loader_on(counting.data_path, counting, rank, world_size) for rank in range(world_size)]
+    for step in (0, 1, 40):
+        parts = [loader.batch(step) for loader in loaders]
+        assert all(part.shape[1:] == (33,) and part.dtype == torch.int64 for part in parts)
+        assert torch.equal(torch.cat(parts), alone.batch(step))
+
+
+def test_batches_follow_from_the_seed_alone(counting, tiny_config):
+    again, other = (
+        loader_on(counting.data_path, counting),
+        tiny_config(counting.data_path, vocab_size=65536, train_batch_tokens=5 * 32, seed=counting.seed + 1),
+    )
+    first = loader_on(counting.data_path, counting).batch(3)
+    assert torch.equal(first, again.batch(3))
+    assert not torch.equal(first, loader_on(counting.data_path, other).batch(3))
+
+
+def test_the_head_is_the_first_shards_first_tokens(counting):
+    loader = loader_on(counting.data_path, counting, rank=1, world_size=2)
+    assert loader.head(7).tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert len(loader.head(10**9)) == 1000
+
+
+def test_shards_shorter_than_a_sequence_are_refused(tmp_path, write_shard, tiny_config):
+    write_shard(tmp_path / "x_train_0.bin", range(32))
+    c = tiny_config(tmp_path)
+    assert "TRAIN_SEQ_LEN=32" in refusal(TrainLoader, c, Run(c))
+
+
+# Windows
+
+
+def window_of(position, stride, seq_len):
+    """Start of the window that answers for a position, by trying the windows one after the other."""
+    start = 0
+    while position >= start + seq_len:
+        start += stride
+    return start
+
+
+@st.composite
+def cut_streams(draw):
+    """(stride, seq_len, edges of the pieces that the stream is asked for in)."""
+    seq_len = draw(st.integers(1, 40))
+    stride = draw(st.integers(1, seq_len))
+    n = draw(st.integers(1, 200))
+    edges = draw(st.sets(st.integers(1, n), max_size=8))
+    return stride, seq_len, sorted({0, n, *edges})
+
+
+@settings(max_examples=300)
+@given(cut_streams())
+def test_every_position_has_one_window_and_the_same_in_any_piece(cut):
+    stride, seq_len, edges = cut
+    answered = []
+    for first, last in zip(edges, edges[1:], strict=False):
+        starts, lows, highs = windows(first, last, stride, seq_len)
+        assert len(starts) == len(lows) == len(highs)
+        for start, low, high in zip(starts, lows, highs, strict=True):
+            assert first <= low < high <= last
+            assert start <= low and high <= start + seq_len
+            answered += [(position, start) for position in range(low, high)]
+    assert answered == [(position, window_of(position, stride, seq_len)) for position in range(edges[-1])]
+
+
+@given(st.integers(1, 50), st.integers(1, 50), st.integers(1, 300))
+def test_context_is_long_but_at_the_streams_start(seq_len, stride, n):
+    assume(stride <= seq_len)
+    for start, low, _ in zip(*windows(0, n, stride, seq_len), strict=True):
+        assert start == 0 or low - start == seq_len - stride
+
+
+@given(st.integers(1, 50), st.integers(1, 300))
+def test_windows_as_far_apart_as_they_are_long_do_not_overlap(seq_len, n):
+    starts, lows, highs = windows(0, n, seq_len, seq_len)
+    assert np.array_equal(starts, lows) and np.array_equal(highs[:-1], starts[1:]) and highs[-1] == n
+
+
+# Stream
+
+
+@pytest.fixture
+def counting_stream(tmp_path, write_shard, tiny_config):
+    """make(**settings) -> Stream of the tokens 0 to 100, in two shards."""
+    write_shard(tmp_path / "x_val_000000.bin", range(60))
+    write_shard(tmp_path / "x_val_000001.bin", range(60, 101))
+    return lambda **changes: Stream(tiny_config(tmp_path, **changes), CPU)
+
+
+def test_the_stream_is_all_shards_in_order(counting_stream):
+    stream = counting_stream()
+    assert stream.tokens.tolist() == list(range(101)) and len(stream) == 100 and stream.whole
+
+
+@pytest.mark.parametrize(("val_tokens", "whole"), [(1, False), (40, False), (99, False), (100, True), (5000, True)])
+def test_a_part_of_the_stream_says_that_it_is_one(counting_stream, val_tokens, whole):
+    stream = counting_stream(val_tokens=val_tokens)
+    assert stream.whole is whole and len(stream) == min(val_tokens, 100)
+    assert stream.tokens.tolist() == list(range(len(stream) + 1))
+
+
+def test_a_stream_shorter_than_a_window_is_refused(counting_stream):
+    assert len(counting_stream(eval_seq_len=100)) == 100
+    with pytest.raises(InputError, match="validation has 101 tokens.*EVAL_SEQ_LEN=101"):
+        counting_stream(eval_seq_len=101)
+
+
+@pytest.mark.parametrize("size", [8, 33, 99, 100, 101, 1000])
+def test_chunks_cover_the_stream_and_share_one_token(counting_stream, size):
+    stream = counting_stream()
+    chunks = list(stream.chunks(size))
+    assert torch.equal(torch.cat([chunk.inputs for chunk in chunks]), stream.tokens[:-1])
+    assert torch.equal(torch.cat([chunk.targets for chunk in chunks]), stream.tokens[1:])
+    assert [chunk.start for chunk in chunks] == list(range(0, 100, size))
+    assert [chunk.is_last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert all(a.tokens[-1] == b.tokens[0] for a, b in zip(chunks, chunks[1:], strict=False))
+
+
+def test_documents_are_the_scored_ones(tmp_path, write_shard, tiny_config):
+    """The last token is a target and never an input, so a document that begins there has no scored token."""
+    write_shard(tmp_path / "x_val_0.bin", [1, 5, 6] * 20 + [1])
+    assert Stream(tiny_config(tmp_path), CPU).documents == 20

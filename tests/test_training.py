@@ -1,0 +1,194 @@
+"""Training: the schedule, the loss weights, what stands in for the weights, and the published CROWN-Q beside ours."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train_gpt
+from test_optimizers import Alone
+from train_gpt import GPT, Config, Optimizers, TrainLoader, WeightAverages, dequantize, quantize, schedule
+
+STEPS = Config(iterations=1000, max_wallclock_seconds=0.0, warmdown_iters=400, lr_warmup_iters=10)
+
+
+def test_schedule_rises_holds_and_falls_to_nothing():
+    scales = [schedule(step, 0.0, STEPS).lr_scale for step in range(1000)]
+    assert scales[0] == pytest.approx(0.1) and scales[9] == 1.0
+    assert all(scale == 1.0 for scale in scales[9:601])
+    falling = scales[600:]
+    assert all(a > b for a, b in zip(falling, falling[1:], strict=False))
+    assert scales[-1] == pytest.approx(1 / 400)
+
+
+def test_schedule_by_the_clock_is_the_schedule_of_the_steps_that_fit():
+    """A run of 1000 steps that the clock ends and one that ITERATIONS ends are scheduled alike."""
+    by_clock = dataclasses.replace(STEPS, iterations=10**6, max_wallclock_seconds=500.0)
+    for step in range(1, 1000):
+        assert schedule(step, 0.5 * step, by_clock).lr_scale == pytest.approx(schedule(step, 0.0, STEPS).lr_scale)
+
+
+def test_a_slow_machine_still_gets_every_phase():
+    """Defaults on a machine that makes 40 steps in the time: warm-ups and warmdown shrink to their share of the run."""
+    phases = [schedule(step, 15.0 * step, Config(crown_q_lambda=1.0)) for step in range(40)]
+    assert max(p.lr_scale for p in phases) == 1.0
+    assert phases[-1].lr_scale < 0.1 and phases[-1].fake_quant
+    assert phases[-1].muon_momentum == pytest.approx(Config().muon_momentum)
+    assert any(p.weight_noise for p in phases)
+
+
+def test_noise_in_warmdown_until_quantization_takes_over():
+    phases = [schedule(step, 0.0, dataclasses.replace(STEPS, crown_q_lambda=1.0)) for step in range(1000)]
+    assert not any(p.weight_noise or p.fake_quant for p in phases[:601])
+    assert all(p.weight_noise != p.fake_quant for p in phases[601:])
+    assert phases[-1].fake_quant and [p.fake_quant for p in phases].index(True) > 901
+    off = [schedule(step, 0.0, dataclasses.replace(STEPS, crown_q_lambda=0.0)) for step in range(1000)]
+    assert not any(p.weight_noise for p in off)
+
+
+def test_complement_weights_are_the_formula_on_counted_bigrams(tiny_config):
+    config = tiny_config(complement_alpha=0.5, complement_tokens=2000)
+    loader = TrainLoader(config, Alone())
+    weights = train_gpt.complement_weights(loader, config, torch.device("cpu"))
+    tokens = loader.head(2000)
+    pairs, firsts = {}, {}
+    for x, y in zip(tokens[:-1].tolist(), tokens[1:].tolist(), strict=True):
+        pairs[x, y] = pairs.get((x, y), 0) + 1
+        firsts[x] = firsts.get(x, 0) + 1
+    expected = torch.ones(config.vocab_size, config.vocab_size)
+    for (x, y), count in pairs.items():
+        expected[x, y] = max(0.1, 1 - 0.5 * count / (firsts[x] + 1))
+    torch.testing.assert_close(weights, expected)
+    assert train_gpt.complement_weights(loader, dataclasses.replace(config, complement_alpha=0.0), "cpu") is None
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tiny_config):
+    config = tiny_config()
+    batch = TrainLoader(config, Alone()).batch(0)
+    gradients = []
+    for micro_batch_tokens in (config.train_batch_tokens, config.train_seq_len):
+        model = GPT(config).init_weights(config)
+        c = dataclasses.replace(config, micro_batch_tokens=micro_batch_tokens)
+        nats = train_gpt.accumulate_gradients(model, batch, None, c)
+        gradients.append([p.grad for p in model.parameters()])
+        expected = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten(), reduction="sum")
+        torch.testing.assert_close(nats, expected.detach(), rtol=1e-5, atol=0)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_weights_are_replaced_inside_and_restored_outside_even_after_an_error(tiny_config):
+    config = tiny_config()
+    model = GPT(config).init_weights(config)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(KeyError), train_gpt.fake_quantized(model, config):
+        for name, p in train_gpt.quantized_parameters(model).items():
+            rounded = dequantize(*quantize(before[name], *train_gpt.quantizer_of(name, config)))
+            assert torch.equal(p, rounded)
+        raise KeyError
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_late_qat_acts_on_a_compiled_model(tiny_config):
+    """Published late QAT was a flag that the compiler folded away; here the compiled graph reads the rounded weights."""
+    config = tiny_config(matrix_clip_sigmas=60.0)  # coarse, so that rounding shows
+    model = GPT(config).init_weights(config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
+    tokens = torch.randint(4, config.vocab_size, (2, 16))
+    plain = compiled(tokens)
+    with train_gpt.fake_quantized(model, config):
+        rounded = compiled(tokens)
+        torch.testing.assert_close(rounded, model(tokens), atol=1e-5, rtol=1e-5)
+        rounded.sum().backward()
+    assert (rounded - plain).abs().max() > 1e-2
+    assert all(p.grad is not None for p in train_gpt.quantized_parameters(model).values())
+    torch.testing.assert_close(compiled(tokens), plain)
+
+
+def test_noise_is_uniform_within_half_a_step_and_repeats_by_step(tiny_config):
+    config = tiny_config(crown_q_lambda=1.0)
+    model = GPT(config).init_weights(config)
+    p = model.blocks[0].up.weight
+    before = p.detach().clone()
+    step_size = quantize(before, *train_gpt.quantizer_of("blocks.0.up.weight", config))[1].float().unsqueeze(1)
+    seen = []
+    for step in (3, 3, 4):
+        with train_gpt.noisy(model, config, step, torch.device("cpu")):
+            seen.append((p.detach() - before) / step_size)
+    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
+    assert seen[0].abs().max() <= 0.5 + 1e-4
+    assert seen[0].var().item() == pytest.approx(1 / 12, rel=0.1)
+
+
+def test_warm_up_leaves_no_trace(tiny_config):
+    config = tiny_config(warmup_steps=2)
+    model = GPT(config).init_weights(config)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizers = Optimizers(model, config, Alone())
+    state = optimizers.state()
+    run = Alone()
+    run.log = lambda text="": None
+    train_gpt.warm_up(model, model, optimizers, config, run)
+    after = optimizers.state()
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(state["momenta"], after["momenta"], strict=True))
+    assert after["adam"]["state"] == state["adam"]["state"] == {}
+
+
+def test_chosen_average_is_the_best_on_training_text_as_stored(tiny_config):
+    config = tiny_config(swa_every=1, swa_start_scale=1.0)
+    model = GPT(config).init_weights(config)
+    good = [p.detach().clone() for p in model.parameters()]
+    averages = WeightAverages(model, config)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    averages.swa_count, averages.swa = 1, [p.detach().clone() for p in model.parameters()]
+    averages.ema = good  # the only candidate that was not spoiled
+    lines = []
+    run = Alone()
+    run.log = lines.append
+    train_gpt.choose_average(model, model, averages, TrainLoader(config, run), 0, config, run)
+    assert "chosen:ema " in lines[0] + " "
+    assert all(torch.equal(a, b) for a, b in zip(good, model.parameters(), strict=True))
+
+
+def published_crown_q(model, clip=31, lam=0.01):
+    """lambda * mean(w^2) * delta^2 / 12 over the matrices, delta = row max / clip, detached (PR #693)."""
+    penalty = 0.0
+    for name, p in model.named_parameters():
+        if train_gpt.is_block_matrix(name, p):
+            delta = p.detach().abs().amax(1, keepdim=True) / clip
+            penalty = penalty + lam * (p.square() * delta.square()).mean() / 12
+    return penalty
+
+
+def test_published_crown_q_has_no_gradient_to_speak_of_and_the_noise_has(tiny_config):
+    """Gradient per weight: the published penalty is under a ten-thousandth of the loss's, the noise's is not."""
+    config = tiny_config(model_dim=64, crown_q_lambda=1.0)
+    model = GPT(config).init_weights(config)
+    loader, optimizers = TrainLoader(config, Alone()), Optimizers(model, config, Alone())
+    for step in range(10):
+        train_gpt.accumulate_gradients(model, loader.batch(step), None, config)
+        optimizers.step(1.0, 0.9)
+    matrices = [p for name, p in model.named_parameters() if train_gpt.is_block_matrix(name, p)]
+
+    def rms(gradients):
+        return torch.cat([g.flatten() for g in gradients]).square().mean().sqrt().item()
+
+    def loss_gradients(step):
+        for p in model.parameters():
+            p.grad = None
+        train_gpt.accumulate_gradients(model, loader.batch(step), None, config)
+        return [p.grad.clone() for p in matrices]
+
+    plain = loss_gradients(10)
+    published = torch.autograd.grad(published_crown_q(model), matrices)
+    with train_gpt.noisy(model, config, 10, torch.device("cpu")):
+        noise = [a - b for a, b in zip(loss_gradients(10), plain, strict=True)]
+    assert rms(published) < 1e-4 * rms(plain)
+    assert rms(noise) > 1e-3 * rms(plain)
