@@ -161,3 +161,29 @@ def tiny_env(tmp_path_factory, tiny_data):
         return {**os.environ, "OMP_NUM_THREADS": "1", **env}
 
     return make
+
+
+class Alone(train_gpt.Run):
+    """A run of one rank on the CPU, without a process group and silent."""
+
+    def __init__(self):
+        self.rank, self.world_size = 0, 1
+        self.device, self.dtype, self.compiles = torch.device("cpu"), torch.float32, False
+
+    def log(self, text):
+        pass
+
+
+def build(config, seed=0):
+    """A model with every parameter random, so that no branch is hidden behind a zero."""
+    model = train_gpt.GPT(config).init_weights(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    return model
+
+
+def random_tokens(config, batch=2, seq_len=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, config.vocab_size, (batch, seq_len), generator=generator)

@@ -185,7 +185,7 @@ def test_the_values_in_force_are_an_environment_that_gives_them_again(tiny_confi
     st.floats(0, 1e30),
     st.integers(0, 2**31),
     st.booleans(),
-    st.lists(st.integers(0, 10), max_size=4),
+    st.lists(st.integers(0, 10), max_size=4, unique=True),
     st.lists(st.sampled_from(train_gpt.STAGES), min_size=1, unique=True),
 )
 def test_any_allowed_value_survives_being_written_and_read(rate, seed, on, layers, stages):
@@ -281,7 +281,7 @@ def other_value(f, c):
     elif kind is bool:
         options = [not value]
     elif kind is str:
-        options = [value + "x"]
+        options = [value + "x", value + "x.npz"]
     else:
         options = [value + 1, value * 2, value - 1, value / 2 if kind is float else value // 2, 0.5]
     for option in options:

@@ -12,7 +12,7 @@ CPU = torch.device("cpu")
 
 
 def loop(weights, logp, share):
-    """Fixed share as Herbster and Warmuth write it: loss update, normalize, share; one token at a time in Python floats."""
+    """Fixed share as Herbster and Warmuth write it: grow, normalize, share; one token at a time in Python floats."""
     along = [list(weights)]
     for row in logp.tolist():
         grown = [w * math.exp(x) for w, x in zip(along[-1], row, strict=True)]
@@ -22,11 +22,18 @@ def loop(weights, logp, share):
 
 
 @settings(max_examples=50, deadline=None)
-@given(n=st.integers(0, 70), experts=st.integers(1, 6), share=st.sampled_from([0.0, 0.02, 0.5, 1.0]), seed=st.integers(0, 99))
+@given(
+    n=st.integers(0, 70),
+    experts=st.integers(1, 6),
+    share=st.sampled_from([0.0, 0.02, 0.5, 1.0]),
+    seed=st.integers(0, 99),
+)
 def test_the_scan_equals_the_loop(n, experts, share, seed):
     logp = -8 * torch.rand(n, experts, generator=torch.Generator().manual_seed(seed))
     mixer = FixedShareHedge(experts, share, CPU)
-    torch.testing.assert_close(mixer.weights_along(logp), loop(mixer.weights, logp.double(), share), atol=1e-9, rtol=1e-6)
+    torch.testing.assert_close(
+        mixer.weights_along(logp), loop(mixer.weights, logp.double(), share), atol=1e-9, rtol=1e-6
+    )
 
 
 def test_chunks_continue_where_the_last_one_ended():

@@ -7,22 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
+from conftest import build, random_tokens
 from train_gpt import GPT
-
-
-def build(config, seed=0):
-    """A model with every parameter random, so that no branch is hidden behind a zero."""
-    model = GPT(config).init_weights(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn(p.shape, generator=generator))
-    return model
-
-
-def random_tokens(config, batch=2, seq_len=24, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(4, config.vocab_size, (batch, seq_len), generator=generator)
 
 
 def naive_attention(q, k, v):
@@ -50,9 +36,7 @@ def test_flash_attention_is_called_with_its_own_layout_when_there_is_one():
         assert causal
         return naive_attention(q, k, v).float(), "log-sum-exp"
 
-    torch.testing.assert_close(
-        train_gpt.attention(q, k, v, stand_in), train_gpt.attention(q, k, v), atol=1e-5, rtol=0
-    )
+    torch.testing.assert_close(train_gpt.attention(q, k, v, stand_in), train_gpt.attention(q, k, v), atol=1e-5, rtol=0)
 
 
 def test_shift_moves_one_position_later():
@@ -199,7 +183,7 @@ def test_skips_pair_the_latest_with_the_earliest(tiny_config):
 
 
 def test_default_model_has_the_published_size():
-    """11 x 512 with 8 heads over 4: the banks, tables and vectors of the 2026-03-22 record, with our 12-channel gate."""
+    """11 x 512, 8 heads over 4: the parts of the 2026-03-22 record, with our 12-channel gate."""
     config = train_gpt.Config()
     with torch.device("meta"):
         model = GPT(config)
@@ -212,7 +196,9 @@ def test_default_model_has_the_published_size():
 
 
 def test_init_is_the_same_for_one_seed_and_differs_for_another(tiny_config):
-    states = [GPT(c).init_weights(c).state_dict() for c in (tiny_config(seed=1), tiny_config(seed=1), tiny_config(seed=2))]
+    states = [
+        GPT(c).init_weights(c).state_dict() for c in (tiny_config(seed=1), tiny_config(seed=1), tiny_config(seed=2))
+    ]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[0]["tok_emb.weight"], states[2]["tok_emb.weight"])
 

@@ -19,7 +19,6 @@ SCRIPT = ROOT / "data" / "prepare.py"
 sys.path.insert(0, str(ROOT / "data"))
 
 import prepare  # noqa: E402
-
 from train_gpt import read_shard  # noqa: E402
 
 VOCAB = 400

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 import train_gpt
-from test_model import build
-from test_optimizers import Alone
+from conftest import Alone, build
 from train_gpt import GPT, Adapting, Frozen, InputError, Mixture, Stream, Tokenizer, fingerprint, make_predictor, score
 
 STAGES = train_gpt.STAGES
@@ -115,8 +114,7 @@ def test_score_is_the_sum_of_bits_over_the_bytes_of_the_text(world):
     result = score(predictor_of("roundtrip", world), stream, tokenizer, config.val_batch_size, Alone())
     nats = -sum(rows[t, stream.tokens[t + 1]].item() for t in range(len(stream)))
     text_bytes = sum(
-        len(tokenizer.sp.decode(document).encode())
-        for document in documents_of(stream.tokens.tolist(), config.bos_id)
+        len(tokenizer.sp.decode(document).encode()) for document in documents_of(stream.tokens.tolist(), config.bos_id)
     )
     assert int(result.token_bytes.sum()) == text_bytes
     assert result.val_bpb == pytest.approx(nats / math.log(2) / text_bytes, rel=1e-6)
@@ -134,7 +132,7 @@ def documents_of(tokens, bos_id):
 
 
 def test_the_loop_updates_after_scoring_and_not_after_the_last_chunk(world):
-    """The calls on a predictor: predict and update alternate, update gets what was just predicted, none follows the last."""
+    """Predict and update alternate, update gets what was just predicted, and none follows the last chunk."""
     config, _, tokenizer, stream = world
     calls = []
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
-from test_optimizers import Alone
+from conftest import Alone
 from train_gpt import GPT, Config, Optimizers, TrainLoader, WeightAverages, dequantize, quantize, schedule
 
 STEPS = Config(iterations=1000, max_wallclock_seconds=0.0, warmdown_iters=400, lr_warmup_iters=10)
@@ -91,7 +91,7 @@ def test_weights_are_replaced_inside_and_restored_outside_even_after_an_error(ti
 
 
 def test_late_qat_acts_on_a_compiled_model(tiny_config):
-    """Published late QAT was a flag that the compiler folded away; here the compiled graph reads the rounded weights."""
+    """Published late QAT was a flag that the compiler folded away; here the graph reads the rounded weights."""
     config = tiny_config(matrix_clip_sigmas=60.0)  # coarse, so that rounding shows
     model = GPT(config).init_weights(config)
     with torch.no_grad():
@@ -131,7 +131,6 @@ def test_warm_up_leaves_no_trace(tiny_config):
     optimizers = Optimizers(model, config, Alone())
     state = optimizers.state()
     run = Alone()
-    run.log = lambda text="": None
     train_gpt.warm_up(model, model, optimizers, config, run)
     after = optimizers.state()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

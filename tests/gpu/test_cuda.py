@@ -4,17 +4,17 @@ import dataclasses
 
 import pytest
 import torch
+from test_model import naive_attention
 
 import train_gpt
-from test_model import build, naive_attention, random_tokens
-from test_optimizers import Alone
+from conftest import Alone, build, random_tokens
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is present")
 
 
 def on_cuda():
     run = Alone()
-    run.device, run.dtype, run.compiles, run.log = torch.device("cuda"), torch.bfloat16, True, lambda text="": None
+    run.device, run.dtype, run.compiles = torch.device("cuda"), torch.bfloat16, True
     return run
 
 
