@@ -5,9 +5,9 @@
     PHASE=eval ARTIFACT_PATH=logs/x.artifact python train_gpt.py     # score an artifact that exists
 
 The file reads in the order in which data flows: settings, process and clock, text, model, optimizers, training,
-artifact, n-gram experts, mixing, scoring, main. A score is valid because of one interface: `predict` is handed
-the tokens before each position and never a target, `score` is the only place where a target meets a
-distribution, and `update` learns from a chunk after its score is fixed.
+artifact, n-gram experts, mixing, scoring, main. A score is valid because of one interface: `predict` is handed the
+tokens before each position and never a target, `score` is the only place where a row is charged for the token
+that came, and `update` learns from a chunk after its score is fixed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
 import glob
 import hashlib
+import io
 import json
 import lzma
 import math
@@ -48,9 +50,13 @@ class InputError(Exception):
     """Input that cannot be used. The message is one line: the name, the value and what is allowed."""
 
 
-def setting(default, low=None, high=None, choices=None, shape=False):
-    """A field of Config with its allowed range; `shape` marks what a reader of the artifact must know."""
-    return field(default=default, metadata=dict(low=low, high=high, choices=choices, shape=shape))
+def setting(default, low=None, high=None, choices=None, shape=False, score=False):
+    """A field of Config with its allowed range.
+
+    The artifact keeps the fields marked `shape`, which fix its tensors and its function, and those marked `score`,
+    which fix what is predicted with it.
+    """
+    return field(default=default, metadata=dict(low=low, high=high, choices=choices, shape=shape, score=score))
 
 
 @dataclass(frozen=True)
@@ -99,11 +105,11 @@ class Config:
     iterations: int = setting(9000, 1)
     max_wallclock_seconds: float = setting(600.0, 0.0)  # of the training loop; 0 = no cap
     train_batch_tokens: int = setting(786_432, 1)  # per optimizer step, over all ranks
-    train_seq_len: int = setting(2048, 8)
+    train_seq_len: int = setting(2048, 8, score=True)
     micro_batch_tokens: int = setting(98_304, 8)  # per forward pass and rank, in training and in scoring
     warmup_steps: int = setting(20, 0)  # compile warm-up on synthetic tokens; all state is restored afterwards
-    lr_warmup_iters: int = setting(20, 0)
-    warmdown_iters: int = setting(3500, 0)
+    lr_warmup_iters: int = setting(20, 0)  # this, MUON_MOMENTUM_WARMUP_STEPS and WARMDOWN_ITERS shrink with the run
+    warmdown_iters: int = setting(3500, 0)  # where the clock and not ITERATIONS ends it
     train_log_every: int = setting(500, 1)
     val_loss_every: int = setting(0, 0)  # 0 = not during training
 
@@ -118,9 +124,9 @@ class Config:
     muon_backend_steps: int = setting(5, 1, 20)  # Newton-Schulz iterations
     muon_wd: float = setting(0.04, 0.0)
     adam_wd: float = setting(0.04, 0.0)
-    beta1: float = setting(0.9, 0.0, 0.9999)
-    beta2: float = setting(0.95, 0.0, 0.99999)
-    adam_eps: float = setting(1e-8, 0.0)
+    beta1: float = setting(0.9, 0.0, 0.9999, score=True)
+    beta2: float = setting(0.95, 0.0, 0.99999, score=True)
+    adam_eps: float = setting(1e-8, 0.0, score=True)
     grad_clip_norm: float = setting(0.3, 0.0)  # 0 = none
     ema_decay: float = setting(0.997, 0.0, 0.999999)
     swa_every: int = setting(50, 1)
@@ -136,23 +142,24 @@ class Config:
     stages: tuple[str, ...] = setting(STAGES, choices=STAGES)  # the last one is the run's score
     val_tokens: int = setting(0, 0)  # score only the first of them; 0 = the whole stream
     val_batch_size: int = setting(524_288, 8)  # tokens a chunk where nothing is learned between chunks
-    eval_seq_len: int = setting(2048, 8)
-    eval_stride: int = setting(64, 1)
-    ttt_chunk_tokens: int = setting(32_768, 8)
-    ttt_optimizer: str = setting("sgd", choices=("sgd", "adamw"))
-    ttt_lr: float = setting(0.002, 0.0)
-    ttt_momentum: float = setting(0.9, 0.0, 0.9999)  # sgd only; adamw uses BETA1, BETA2
-    ttt_epochs: int = setting(3, 0)
-    ttt_batch_tokens: int = setting(32_768, 8)  # per step, over all ranks
-    ttt_freeze_blocks: int = setting(0, 0)  # leading blocks that stay as they are
-    ttt_grad_clip: float = setting(1.0, 0.0)
-    ttt_polyak: float = setting(0.0, 0.0, 0.999999)  # decay of the average that predicts; 0 = the last weights
-    ttt_cosine_tokens: int = setting(0, 0)  # stream length over which the rate falls to 0; 0 = constant
-    ttt_byte_weighted: bool = setting(False)
-    ttt_temperature: float = setting(1.0, 0.1, 10.0)
-    mixer: str = setting("hedge", choices=("hedge", "none"))
-    hedge_share: float = setting(0.02, 1e-9, 1.0)  # of the weight, spread anew over all experts at every token
-    ngram_discount: float = setting(0.75, 0.01, 0.99)
+    eval_seq_len: int = setting(2048, 8, score=True)
+    eval_stride: int = setting(64, 1, score=True)
+    ttt_chunk_tokens: int = setting(32_768, 8, score=True)
+    ttt_optimizer: str = setting("sgd", choices=("sgd", "adamw"), score=True)
+    ttt_lr: float = setting(0.002, 0.0, score=True)
+    ttt_momentum: float = setting(0.9, 0.0, 0.9999, score=True)  # sgd only; adamw uses BETA1, BETA2
+    ttt_epochs: int = setting(3, 0, score=True)
+    ttt_batch_tokens: int = setting(32_768, 8, score=True)  # per step, over all ranks
+    ttt_micro_tokens: int = setting(4096, 8, score=True)  # per backward pass: what a rank gets is a multiple of it
+    ttt_freeze_blocks: int = setting(0, 0, score=True)  # leading blocks that stay as they are
+    ttt_grad_clip: float = setting(1.0, 0.0, score=True)
+    ttt_polyak: float = setting(0.0, 0.0, 0.999999, score=True)  # decay of the average that predicts; 0 = none
+    ttt_cosine_tokens: int = setting(0, 0, score=True)  # stream length over which the rate falls to 0; 0 = constant
+    ttt_byte_weighted: bool = setting(False, score=True)
+    ttt_temperature: float = setting(1.0, 0.1, 10.0, score=True)
+    mixer: str = setting("hedge", choices=("hedge", "none"), score=True)
+    hedge_share: float = setting(0.02, 1e-9, 1.0, score=True)  # of the weight, spread over all at every token
+    ngram_discount: float = setting(0.75, 0.01, 0.99, score=True)
 
     @classmethod
     def from_env(cls, env: dict[str, str]) -> Config:
@@ -206,9 +213,19 @@ class Config:
         """Every value in force as NAME=value, in the form in which the environment takes it."""
         return [f"{f.name.upper()}={show(getattr(self, f.name))}" for f in dataclasses.fields(self)]
 
-    def shape(self) -> dict:
-        """The settings that fix the model's tensors and its function."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata["shape"]}
+    def marked(self, mark: str) -> dict:
+        """The settings marked `shape` or `score`."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.metadata[mark]}
+
+    @property
+    def batch_seqs(self) -> int:
+        """Training sequences of an optimizer step, over all ranks."""
+        return self.train_batch_tokens // self.train_seq_len
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of those sequences."""
+        return self.batch_seqs * self.train_seq_len
 
 
 # Trains, compresses and scores in a few minutes on two CPU cores; no wall-clock cap, so two runs agree bit for bit.
@@ -240,6 +257,7 @@ SMOKE = dict(
     ttt_lr=0.001,
     ttt_epochs=1,
     ttt_batch_tokens=2048,
+    ttt_micro_tokens=512,
 )
 
 # A quarter of an hour of training on two CPU cores, for measurements: give it DATA_PATH.
@@ -262,8 +280,9 @@ PRESETS = {"smoke": SMOKE, "cpu": CPU}
 
 # An unknown name with one of these beginnings is taken for a setting, so that EMA_ENABLED=1 is refused and not ignored.
 SETTING_FAMILIES = (
-    *("BIGRAM_", "COMPLEMENT_", "CROWN_Q", "EMA_", "EVAL_", "HEDGE_", "LATE_QAT", "MIXER_", "MUON_", "NGRAM_", "QAT_"),
-    *("ROPE_", "SWA_", "TRAIN_", "TTT_", "VAL_", "VE_", "WARMDOWN_", "WARMUP_", "XSA_"),
+    *("BIGRAM_", "COMPLEMENT_", "CROWN_Q", "EMA_", "EMBED_", "EVAL_", "GRAD_CLIP", "HEAD_LR", "HEDGE_", "LATE_QAT"),
+    *("LN_", "LOGIT_", "LR_", "MATRIX_", "MIXER_", "MLP_", "MUON_", "NGRAM_", "POLYAK_", "QAT_", "QK_GAIN", "RESID_"),
+    *("ROPE_", "SCALAR_", "SWA_", "TIED_", "TRAIN_", "TTT_", "VAL_", "VE_", "WARMDOWN_", "WARMUP_", "XSA_"),
 )
 
 
@@ -273,7 +292,7 @@ def refuse_unknown(env: dict[str, str]) -> None:
     for name in env:
         if name in known:
             continue
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.9)
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if near:
             raise InputError(f"unknown setting {name}: did you mean {near[0]}?")
         family = next((family for family in SETTING_FAMILIES if name.startswith(family)), None)
@@ -344,9 +363,12 @@ class Run:
             "auto": torch.bfloat16 if self.device.type == "cuda" else torch.float32,
         }[config.dtype]
         self.compiles = config.torch_compile and self.device.type == "cuda"
-        torch._dynamo.config.recompile_limit = 64  # a graph for each batch shape, with and without gradients
-        if self.world_size > 1:
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if self.compiles:
+            torch._dynamo.config.recompile_limit = 64  # a graph for each batch shape, with and without gradients
+        if self.world_size > 1 and self.device.type == "cuda":
+            dist.init_process_group("nccl", device_id=self.device)
+        elif self.world_size > 1:
+            dist.init_process_group("gloo")
         self.log_path: Path | None = None
 
     @staticmethod
@@ -355,7 +377,11 @@ class Run:
             raise InputError("DEVICE=cuda: no CUDA device is available; allowed here are 'auto' and 'cpu'")
         if config.device == "cpu" or not torch.cuda.is_available():
             return torch.device("cpu")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        n_devices = torch.cuda.device_count()
+        if local_rank >= n_devices:
+            raise InputError(f"nproc_per_node: process {local_rank} has no CUDA device; allowed are {n_devices} a node")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         return device
@@ -410,9 +436,7 @@ class Run:
 
     def sum_gradients(self, params: list[nn.Parameter]) -> None:
         """Add up the ranks' gradients in one message; a parameter that this rank did not touch counts as zero."""
-        for p in params:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
+        fill_gradients(params)
         if self.world_size == 1 or not params:
             return
         flat = self.sum(torch.cat([p.grad.flatten() for p in params]))
@@ -465,6 +489,13 @@ class Run:
     def close(self) -> None:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def fill_gradients(params: list[nn.Parameter]) -> None:
+    """Zeros for the gradients of parameters that no backward has reached, as on a rank without a sequence."""
+    for p in params:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
 
 
 def make_folder(path: Path) -> None:
@@ -602,33 +633,47 @@ class TrainLoader:
     """Training sequences in an order that visits each once before any twice, the same at every world size.
 
     The shards are cut into spans of TRAIN_SEQ_LEN tokens (plus one, the last target). Sequence i of the run is span
-    (offset + i * stride) mod n with the stride coprime to n, so consecutive sequences come from all over the data.
+    (offset + i * stride) mod n with the stride coprime to n, so consecutive sequences come from all over the data. The
+    last spans, 65,536 tokens or a tenth of the data if that is less, are not among the n: averages are chosen on them.
     """
+
+    HELD_OUT_TOKENS = 65_536
 
     def __init__(self, config: Config, run: Run):
         self.config, self.run, self.seq_len = config, run, config.train_seq_len
         self.paths = find_shards(config, "train")
         self.shards = [read_shard(path) for path in self.paths]
         self.ends = np.cumsum([(len(shard) - 1) // self.seq_len for shard in self.shards])
-        n = int(self.ends[-1])
-        if n == 0:
-            raise InputError(f"TRAIN_SEQ_LEN={self.seq_len}: no training shard in {config.data_path} is that long")
+        spans = int(self.ends[-1])
+        if spans < 2:
+            raise InputError(f"TRAIN_SEQ_LEN={self.seq_len}: {config.data_path} has {spans} sequences; 2 are needed")
+        self.held_out = min(-(-self.HELD_OUT_TOKENS // self.seq_len), max(1, spans // 10))
+        n = self.n = spans - self.held_out
         self.offset = int(np.random.default_rng(config.seed).integers(n))
         self.stride = next(s for s in range(max(1, round(0.618 * n)), 2 * n + 2) if math.gcd(s, n) == 1)
-        self.batch_seqs = config.train_batch_tokens // self.seq_len
 
-    def sequence(self, i: int) -> np.ndarray:
-        """Token ids [TRAIN_SEQ_LEN + 1] of the run's i-th sequence."""
-        span = (self.offset + i * self.stride) % int(self.ends[-1])
+    def span(self, span: int) -> np.ndarray:
+        """Token ids [TRAIN_SEQ_LEN + 1] of one span of the shards."""
         shard = int(np.searchsorted(self.ends, span, side="right"))
         start = (span - (int(self.ends[shard - 1]) if shard else 0)) * self.seq_len
         return check_ids(self.shards[shard][start : start + self.seq_len + 1], self.config, self.paths[shard])
 
+    def sequence(self, i: int) -> np.ndarray:
+        """The run's i-th sequence."""
+        return self.span((self.offset + i * self.stride) % self.n)
+
     def batch(self, step: int) -> Tensor:
         """This rank's sequences of an optimizer step: int64 [n, TRAIN_SEQ_LEN + 1] on the device; n may be 0."""
-        mine = self.run.share(self.batch_seqs)
-        first = step * self.batch_seqs
-        rows = [self.sequence(first + i) for i in range(mine.start, mine.stop)]
+        mine, first = self.run.share(self.config.batch_seqs), step * self.config.batch_seqs
+        return self.on_device([self.sequence(first + i) for i in range(mine.start, mine.stop)])
+
+    def held_out_batch(self) -> Tensor:
+        """This rank's part of the spans that training never sees, like a batch."""
+        mine = self.run.share(self.held_out)
+        return self.on_device([self.span(self.n + i) for i in range(mine.start, mine.stop)])
+
+    def on_device(self, rows: list[np.ndarray]) -> Tensor:
+        """Sequences as int64 [n, TRAIN_SEQ_LEN + 1] on the device."""
         block = np.stack(rows) if rows else np.empty((0, self.seq_len + 1), dtype=np.int64)
         return torch.from_numpy(block).to(self.run.device)
 
@@ -655,9 +700,12 @@ class Chunk:
 
 
 class Stream:
-    """The validation text as one stream of tokens, scored left to right; its first token, a BOS, is given."""
+    """The validation text as one stream of tokens, scored left to right; its first token, a BOS, is given.
 
-    def __init__(self, config: Config, device: torch.device):
+    `token_bytes` [N] are the UTF-8 bytes that each scored token adds to the text.
+    """
+
+    def __init__(self, config: Config, device: torch.device, tokenizer: Tokenizer):
         paths = find_shards(config, "val")
         tokens = np.concatenate([check_ids(read_shard(path), config, path) for path in paths])
         if len(tokens) <= config.eval_seq_len:
@@ -668,6 +716,7 @@ class Stream:
             tokens = tokens[: config.val_tokens + 1]
         self.tokens = torch.from_numpy(tokens)
         self.documents = int((self.tokens[:-1] == config.bos_id).sum())
+        self.token_bytes = tokenizer.count_bytes(self.tokens[:-1], self.tokens[1:])
         self.device = device
 
     def __len__(self) -> int:
@@ -699,6 +748,7 @@ def windows(first: int, last: int, stride: int, seq_len: int) -> tuple[np.ndarra
 # ======================================================================================================================
 
 
+@functools.cache
 def find_flash_attention_3():
     """FlashAttention 3's function on a Hopper GPU, or None; PyPI has stubs, so the function is what counts."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
@@ -804,7 +854,7 @@ class Attention(nn.Module):
         q = self.q(x).view(batch, seq_len, self.heads, self.head_dim)
         k, v_own = (f(x).view(batch, seq_len, self.kv_heads, self.head_dim) for f in (self.k, self.v))
         v = v_own if v_extra is None else v_own + v_extra.view_as(v_own)
-        if self.value_mix is not None and v_first is not None:
+        if self.value_mix is not None:
             mix = self.value_mix.to(v.dtype)
             v = mix[0] * v_first + mix[1] * v
         q, k = rotate(rms_norm(q), *rotary), rotate(rms_norm(k), *rotary)
@@ -900,6 +950,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, keep: int = 0) -> Tensor:
         """Token ids [B, T] -> logits, float32 [B, T, V], or [B, keep, V] for the last `keep` positions only."""
+        assert tokens.shape[1] <= len(self.cos), "longer than TRAIN_SEQ_LEN and EVAL_SEQ_LEN"
         x = self.tok_emb(tokens).to(self.dtype)
         if self.bigram is not None:
             x = x + self.bigram(tokens, self.dtype)
@@ -968,18 +1019,20 @@ class Muon:
         self.config, self.run = config, run
         shapes = sorted({p.shape for p in params}, key=lambda shape: -shape.numel())
         self.banks = [[p for p in params if p.shape == shape] for shape in shapes]
-        self.momenta = [self.pad_and_stack(bank, torch.zeros_like) for bank in self.banks]
-        self.momenta = [m[: m.shape[0] // run.world_size].clone() for m in self.momenta]
+        parts = [-(-len(bank) // run.world_size) for bank in self.banks]
+        banks = zip(parts, self.banks, strict=True)
+        self.momenta = [torch.zeros(n, *bank[0].shape, device=run.device) for n, bank in banks]
         self.grads: list[Tensor] = []
 
-    def pad_and_stack(self, bank: list[nn.Parameter], value) -> Tensor:
-        """value(p) of each matrix, stacked, with zero matrices up to a multiple of the world size."""
+    def gradients(self, bank: list[nn.Parameter]) -> Tensor:
+        """The bank's gradients, stacked, with zero matrices up to a multiple of the world size."""
+        fill_gradients(bank)
         missing = -len(bank) % self.run.world_size
-        return torch.stack([value(p) for p in bank] + [torch.zeros_like(bank[0])] * missing)
+        return torch.stack([p.grad for p in bank] + [torch.zeros_like(bank[0])] * missing)
 
     def reduce(self) -> Tensor:
         """Sum the gradients over ranks, keep this rank's part, and return its squared norm."""
-        self.grads = [self.run.reduce_scatter(self.pad_and_stack(bank, gradient)) for bank in self.banks]
+        self.grads = [self.run.reduce_scatter(self.gradients(bank)) for bank in self.banks]
         return sum(grad.square().sum() for grad in self.grads)
 
     @torch.no_grad()
@@ -993,11 +1046,6 @@ class Muon:
             scale = -lr * math.sqrt(max(1, rows / cols))
             for p, u in zip(bank, self.run.all_gather(update), strict=False):  # the padding is left over
                 p.mul_(1 - lr * self.config.muon_wd).add_(u, alpha=scale)
-
-
-def gradient(p: nn.Parameter) -> Tensor:
-    """The gradient, or zeros where this rank had no sequence of the batch."""
-    return torch.zeros_like(p) if p.grad is None else p.grad
 
 
 class Optimizers:
@@ -1051,7 +1099,7 @@ class Optimizers:
 
 
 def is_block_matrix(name: str, p: Tensor) -> bool:
-    """One of the blocks' linear maps: Muon steps it, six bits store it."""
+    """One of the blocks' linear maps: Muon steps it. Six bits store it, and the two projections of embeddings too."""
     return name.startswith("blocks.") and p.dim() == 2 and name.endswith(".weight")
 
 
@@ -1061,7 +1109,7 @@ def is_embedding(name: str) -> bool:
 
 
 class WeightAverages:
-    """EMA over all steps and SWA over the last ones, in float32: bfloat16 averages lose the updates (PR #2095)."""
+    """EMA over all steps and SWA late in the warmdown, in float32: bfloat16 averages lose the updates (PR #2095)."""
 
     def __init__(self, model: GPT, config: Config):
         self.params, self.config = list(model.parameters()), config
@@ -1070,11 +1118,11 @@ class WeightAverages:
         self.swa_count = 0
 
     @torch.no_grad()
-    def update(self, step: int, lr_scale: float) -> None:
+    def update(self, step: int, late: bool) -> None:
         """Take in the weights after a step; the EMA forgets faster at first, or a short run would be all start."""
         decay = min(self.config.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.ema, self.params, 1 - decay)
-        if lr_scale < self.config.swa_start_scale and step % self.config.swa_every == 0:
+        if late and step % self.config.swa_every == 0:
             self.swa_count += 1
             torch._foreach_lerp_(self.swa, self.params, 1 / self.swa_count)
 
@@ -1098,6 +1146,7 @@ class Phase:
 
     lr_scale: float
     muon_momentum: float
+    collect_swa: bool
     fake_quant: bool  # late QAT: train through the int6 weights
     weight_noise: bool  # CROWN-Q: train through weights with the quantizer's noise
 
@@ -1105,24 +1154,28 @@ class Phase:
 def schedule(step: int, elapsed_seconds: float, c: Config) -> Phase:
     """The phase of a step, from the step and the clock alone.
 
-    Warm-up and warmdown are given in iterations; where the clock ends the run earlier, the projected number of steps
-    stands in for ITERATIONS, and no warm-up takes more than a tenth, no warmdown more than six tenths of the run.
+    Where the clock ends the run before ITERATIONS, the projected number of steps stands in for it, and the learning
+    rate's warm-up takes at most a tenth, the momentum's a quarter and the warmdown six tenths of the run.
     """
     remaining = c.iterations - step
     if c.max_wallclock_seconds and step:
         left_seconds = max(0.0, c.max_wallclock_seconds - elapsed_seconds)
         remaining = min(remaining, left_seconds / (elapsed_seconds / step))
     total = step + remaining
-    warmup = min(c.lr_warmup_iters, 0.1 * total)
-    warmdown = min(c.warmdown_iters, 0.6 * total)
+
+    def at_most(iterations: int, share: float) -> float:
+        return min(iterations, share * total) if total < c.iterations else iterations
+
+    warmup, warmdown = at_most(c.lr_warmup_iters, 0.1), at_most(c.warmdown_iters, 0.6)
     rising = min(1.0, (step + 1) / warmup) if warmup else 1.0
     falling = min(1.0, remaining / warmdown) if warmdown else 1.0
-    momentum_warmup = min(c.muon_momentum_warmup_steps, 0.25 * total)
+    momentum_warmup = at_most(c.muon_momentum_warmup_steps, 0.25)
     reached = min(1.0, step / momentum_warmup) if momentum_warmup else 1.0
     fake_quant = falling < c.late_qat_threshold
     return Phase(
         lr_scale=rising * falling,
         muon_momentum=c.muon_momentum_warmup_start + reached * (c.muon_momentum - c.muon_momentum_warmup_start),
+        collect_swa=falling < c.swa_start_scale,
         fake_quant=fake_quant,
         weight_noise=c.crown_q_lambda > 0 and falling < 1.0 and not fake_quant,
     )
@@ -1142,10 +1195,17 @@ def complement_weights(loader: TrainLoader, c: Config, device: torch.device) -> 
     return (1 - c.complement_alpha * pairs / (pairs.sum(1, keepdim=True) + 1)).clamp(min=0.1)
 
 
-def token_nll(model, tokens: Tensor) -> Tensor:
-    """Nats of each target: token ids [B, T + 1] -> float32 [B, T]."""
-    logits = model(tokens[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none").view(tokens.shape[0], -1)
+def token_nll(model, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Nats of each target: token ids [B, T] twice -> float32 [B, T]."""
+    nll = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="none")
+    return nll.view(targets.shape)
+
+
+def micro_batches(batch: Tensor, c: Config):
+    """A rank's sequences [n, T + 1] as pairs of inputs and targets that fit one forward pass; none if n is 0."""
+    for first in range(0, len(batch), max(1, c.micro_batch_tokens // c.train_seq_len)):
+        micro = batch[first : first + max(1, c.micro_batch_tokens // c.train_seq_len)]
+        yield micro[:, :-1], micro[:, 1:]
 
 
 def accumulate_gradients(model, batch: Tensor, weights: Tensor | None, c: Config) -> Tensor:
@@ -1154,13 +1214,10 @@ def accumulate_gradients(model, batch: Tensor, weights: Tensor | None, c: Config
     The loss is the batch's mean over all ranks, so the ranks' gradients only need to be added.
     """
     total = torch.zeros((), device=batch.device)
-    batch_tokens = c.train_batch_tokens // c.train_seq_len * c.train_seq_len
-    for micro in batch.split(max(1, c.micro_batch_tokens // c.train_seq_len)):
-        if not len(micro):
-            continue
-        nll = token_nll(model, micro)
-        loss = nll if weights is None else nll * weights[micro[:, :-1], micro[:, 1:]]
-        (loss.sum() / batch_tokens).backward()
+    for inputs, targets in micro_batches(batch, c):
+        nll = token_nll(model, inputs, targets)
+        loss = nll if weights is None else nll * weights[inputs, targets]
+        (loss.sum() / c.batch_tokens).backward()
         total += nll.detach().sum()
     return total
 
@@ -1219,82 +1276,85 @@ def warm_up(model: GPT, called, optimizers: Optimizers, c: Config, run: Run) -> 
     weights = [p.detach().clone() for p in model.parameters()]
     state = optimizers.state()
     generator = torch.Generator().manual_seed(c.seed)
-    mine = run.share(c.train_batch_tokens // c.train_seq_len)
+    mine = run.share(c.batch_seqs)
     shape = (mine.stop - mine.start, c.train_seq_len + 1)
     for step in range(c.warmup_steps):
         batch = torch.randint(c.vocab_size, shape, generator=generator).to(run.device)
         accumulate_gradients(called, batch, None, c)
         optimizers.step(lr_scale=1.0, muon_momentum=c.muon_momentum)
+        held_out_nats(called, batch, c)
         run.log(f"warmup_step:{step + 1}/{c.warmup_steps}")
     with torch.no_grad():
         torch._foreach_copy_(list(model.parameters()), weights)
     optimizers.restore(state)
 
 
-def heldout_loss(called, loader: TrainLoader, step: int, c: Config, run: Run) -> float:
-    """Nats per token on the training sequences that would come after `step` steps, at least 65,536 tokens of them."""
-    n_batches = max(1, 65_536 // c.train_batch_tokens)
-    nats = torch.zeros((), device=run.device)
-    with torch.no_grad():
-        for batch in range(step, step + n_batches):
-            for micro in loader.batch(batch).split(max(1, c.micro_batch_tokens // c.train_seq_len)):
-                nats += token_nll(called, micro).sum()
-    return run.sum(nats).item() / (n_batches * loader.batch_seqs * c.train_seq_len)
+@torch.no_grad()
+def held_out_nats(called, batch: Tensor, c: Config) -> Tensor:
+    """The sum of nats over a rank's sequences [n, T + 1], without gradients."""
+    nats = [token_nll(called, inputs, targets).sum() for inputs, targets in micro_batches(batch, c)]
+    return torch.stack(nats).sum() if nats else torch.zeros((), device=batch.device)
 
 
-def choose_average(model: GPT, called, averages: WeightAverages, loader: TrainLoader, step: int, c: Config, run: Run):
-    """Put in the weights that do best on training sequences not yet seen, each tried as it would be stored.
+def choose_average(model: GPT, called, averages: WeightAverages, loader: TrainLoader, c: Config, run: Run) -> None:
+    """Put in the weights that do best on training text that no step has seen, each with its matrices as stored.
 
-    Validation text has no part in it.
+    Validation text has no part in it. The log gets each candidate's loss and the chosen one's loss by quantization.
     """
+    batch = loader.held_out_batch()
+
+    def loss() -> float:
+        return run.sum(held_out_nats(called, batch, c)).item() / (loader.held_out * c.train_seq_len)
+
     losses, candidates = {}, averages.candidates()
     for name, weights in candidates.items():
         with weights_replaced(averages.params, weights), fake_quantized(model, c):
-            losses[name] = heldout_loss(called, loader, step, c, run)
+            losses[name] = loss()
     best = min(losses, key=losses.get)
     with torch.no_grad():
         torch._foreach_copy_(averages.params, candidates[best])
-    gap = losses[best] - heldout_loss(called, loader, step, c, run)
-    run.log("averages: " + " ".join(f"{name}:{loss:.5f}" for name, loss in losses.items()) + f" chosen:{best}")
-    run.log(f"quantization_gap:{gap:.5f} nats per token on training text")
+    run.log("averages: " + " ".join(f"{name}:{nats:.5f}" for name, nats in losses.items()) + f" chosen:{best}")
+    run.log(f"quantization_gap:{losses[best] - loss():.5f} nats per token on held-out training text")
 
 
-def train(model: GPT, c: Config, run: Run, stream: Stream | None, tokenizer: Tokenizer) -> dict:
+def train(model: GPT, c: Config, run: Run, stream: Stream | None) -> dict:
     """Train the model in place within ITERATIONS and MAX_WALLCLOCK_SECONDS; returns the run record's `train` part.
 
     Raises InputError if the loss stops being finite.
     """
     loader, optimizers, called = TrainLoader(c, run), Optimizers(model, c, run), run.wrap(model)
-    run.log(f"train_loader:dataset:{c.data_path} train_shards:{len(loader.shards)} sequences:{loader.ends[-1]}")
+    run.log(f"train_loader:dataset:{c.data_path} train_shards:{len(loader.shards)} sequences:{loader.n}")
     warm_up(model, called, optimizers, c, run)
     clock = Clock(run)
     averages = WeightAverages(model, c)
     weights = complement_weights(loader, c, run.device)
-    step, elapsed, was = 0, 0.0, None
-    while step < c.iterations and not (c.max_wallclock_seconds and elapsed >= c.max_wallclock_seconds):
-        phase = schedule(step, elapsed, c)
+    step, elapsed, phase, done = 0, 0.0, None, False
+    while not done:
+        was, phase = phase, schedule(step, elapsed, c)
         log_phase_change(was, phase, step, run)
         with training_weights(model, phase, c, step, run.device):
             nats = accumulate_gradients(called, loader.batch(step), weights, c)
         optimizers.step(phase.lr_scale, phase.muon_momentum)
-        averages.update(step, phase.lr_scale)
-        step, was = step + 1, phase
+        averages.update(step, phase.collect_swa)
+        step += 1
         elapsed = run.max(clock.seconds())
-        if step <= 5 or step % c.train_log_every == 0 or step == c.iterations:
-            log_step(step, f"train_loss:{finite_loss(nats, step, loader, c, run):.4f}", elapsed, c, run)
+        out_of_time = c.max_wallclock_seconds and elapsed >= c.max_wallclock_seconds
+        done = step == c.iterations or out_of_time
+        if step <= 5 or step % c.train_log_every == 0 or done:
+            log_step(step, f"train_loss:{finite_loss(nats, step, c, run):.4f}", elapsed, c, run)
         if c.val_loss_every and step % c.val_loss_every == 0:
             with clock.stopped():
-                log_step(step, validate(called, stream, tokenizer, c, run), elapsed, c, run)
+                log_step(step, validate(called, stream, c, run), elapsed, c, run)
     if step < c.iterations:
         run.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{step}/{c.iterations}")
-    choose_average(model, called, averages, loader, step, c, run)
+    choose_average(model, called, averages, loader, c, run)
     if run.device.type == "cuda":
         run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB")
     return dict(
         steps=step,
         seconds=round(elapsed, 3),
         seconds_with_averaging=round(run.max(clock.seconds()), 3),
-        tokens=step * loader.batch_seqs * c.train_seq_len,
+        tokens=step * c.batch_tokens,
         step_avg_ms=round(1000 * elapsed / step, 3),
     )
 
@@ -1307,9 +1367,9 @@ def log_phase_change(was: Phase | None, now: Phase, step: int, run: Run) -> None
         run.log(f"late_qat:enabled step:{step} scale:{now.lr_scale:.4f}")
 
 
-def finite_loss(nats: Tensor, step: int, loader: TrainLoader, c: Config, run: Run) -> float:
+def finite_loss(nats: Tensor, step: int, c: Config, run: Run) -> float:
     """Nats per token of a step's batch over all ranks. Raises InputError if it is not finite."""
-    loss = run.sum(nats).item() / (loader.batch_seqs * c.train_seq_len)
+    loss = run.sum(nats).item() / c.batch_tokens
     if not math.isfinite(loss):
         raise InputError(f"train_loss={loss} at step {step}: allowed is a finite loss; lower MATRIX_LR={c.matrix_lr}?")
     return loss
@@ -1321,9 +1381,9 @@ def log_step(step: int, losses: str, elapsed: float, c: Config, run: Run) -> Non
     run.log(f"step:{step}/{c.iterations} {losses} {timing}")
 
 
-def validate(called, stream: Stream, tokenizer: Tokenizer, c: Config, run: Run) -> str:
+def validate(called, stream: Stream, c: Config, run: Run) -> str:
     """The validation score of the weights as they are, for the log; nothing is decided by it."""
-    result = score(Frozen(called, c, run, stride=c.eval_seq_len), stream, tokenizer, c.val_batch_size, run)
+    result = score(Frozen(called, c, run, stride=c.eval_seq_len), stream, c.val_batch_size, run)
     return f"val_loss:{result.val_loss:.4f} val_bpb:{result.val_bpb:.4f}"
 
 
@@ -1381,13 +1441,14 @@ def pack(model: GPT, c: Config, tokenizer_sha256: str) -> bytes:
         parts["scales" if name in quantized else "float16"].append(as_bytes(stored))
     streams = {part: compress(b"".join(pieces)) for part, pieces in parts.items()}
     sizes = {part: len(stream) for part, stream in streams.items()}
-    header = json.dumps(dict(model=c.shape(), tokenizer=tokenizer_sha256, parts=sizes), separators=(",", ":")).encode()
+    kept = dict(shape=c.marked("shape"), score=c.marked("score"), tokenizer=tokenizer_sha256, parts=sizes)
+    header = json.dumps(kept, separators=(",", ":")).encode()
     prefix, body = PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header)), header + b"".join(streams.values())
     return prefix + hashlib.sha256(prefix + body).digest() + body
 
 
 def as_bytes(tensor: Tensor) -> bytes:
-    """The tensor's numbers as the machine holds them, little-endian."""
+    """The tensor's numbers as they lie in memory; every machine that runs this is little-endian."""
     return tensor.cpu().contiguous().numpy().tobytes()
 
 
@@ -1428,13 +1489,19 @@ def read_artifact(path: str | Path) -> tuple[dict, dict[str, bytes]]:
     return header, parts
 
 
-def with_shape_of(c: Config, header: dict, env: dict[str, str]) -> Config:
-    """The settings with the artifact's model in them. Raises InputError if the environment asks for another model."""
-    shape = {name: tuple(value) if isinstance(value, list) else value for name, value in header["model"].items()}
-    for name, value in shape.items():
-        if name.upper() in env and getattr(c, name) != value:
-            raise InputError(f"{name.upper()}={show(getattr(c, name))}: the artifact's model has {show(value)}")
-    return dataclasses.replace(c, **shape)
+def as_packed(c: Config, header: dict, env: dict[str, str]) -> Config:
+    """The settings with the artifact's own in them; how it is scored may be overridden, what its model is may not.
+
+    Raises InputError where the environment asks for another model, or where the header is of another version of Config.
+    """
+    kept = {name: tuple(v) if isinstance(v, list) else v for name, v in (header["score"] | header["shape"]).items()}
+    for name in header["shape"]:
+        if name.upper() in env and getattr(c, name) != kept[name]:
+            raise InputError(f"{name.upper()}={show(getattr(c, name))}: the artifact's model has {show(kept[name])}")
+    try:
+        return dataclasses.replace(c, **{n: v for n, v in kept.items() if n in header["shape"] or n.upper() not in env})
+    except TypeError as error:
+        raise InputError(f"ARTIFACT_PATH={c.artifact_path}: its settings are not this script's ({error})") from None
 
 
 def unpack(parts: dict[str, bytes], c: Config, run: Run) -> GPT:
@@ -1543,12 +1610,12 @@ class NgramCounts:
         row = torch.repeat_interleave(torch.arange(len(context), device=context.device), distinct)
         within = torch.arange(len(row), device=row.device) - (distinct.cumsum(0) - distinct)[row]
         entry = begin[row] + within
-        count = self.counts[k][entry].float()
-        total = torch.zeros(len(context), device=row.device).index_add_(0, row, count)
+        count = self.counts[k][entry].double()  # float32 counts no further than 2^24
+        total = torch.zeros(len(context), dtype=torch.float64, device=row.device).index_add_(0, row, count)
         shares = torch.zeros(len(context), self.vocab_size, device=row.device)
-        shares[row, self.keys[k][entry] % self.vocab_size] = (count - self.discount) / total[row]
+        shares[row, self.keys[k][entry] % self.vocab_size] = ((count - self.discount) / total[row]).float()
         left_over = torch.where(total > 0, self.discount * distinct / total.clamp(min=1), 1.0)
-        return shares, left_over
+        return shares, left_over.float()
 
     def update(self, tokens: Tensor) -> None:
         """Count the targets of a scored chunk: tokens [n + 1], its inputs and its last target."""
@@ -1660,7 +1727,8 @@ class Frozen:
 class Adapting(Frozen):
     """Score-first test-time training: `update` trains a copy of the model on the chunk whose scores are fixed.
 
-    Batches are cut from the stream, not from ranks: each rank takes its share of every batch and gradients are summed.
+    Batches and the micro batches in them are cut from the stream, not from ranks: a rank takes its share of a batch's
+    micro batches and gradients are summed in float32, so that even bfloat16 rounds alike at any world size.
     """
 
     def __init__(self, model: GPT, c: Config, run: Run, tokenizer: Tokenizer):
@@ -1706,13 +1774,14 @@ class Adapting(Frozen):
 
     def step(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
         """One optimizer step on the weighted mean loss of a batch [sequences, T] that all ranks share."""
-        mine, total_weight = self.run.share(len(inputs)), weights.sum().clamp(min=1.0)
+        micro_seqs = max(1, self.c.ttt_micro_tokens // self.c.train_seq_len)
+        mine, total_weight = self.run.share(len(inputs), micro_seqs), weights.sum().clamp(min=1.0)
         for p in self.params:
             p.grad = None
-        if mine.stop > mine.start:
-            logits = self.called(inputs[mine])
-            nll = F.cross_entropy(logits.flatten(0, 1), targets[mine].flatten(), reduction="none")
-            ((nll * weights[mine].flatten()).sum() / total_weight).backward()
+        for first in range(mine.start, mine.stop, micro_seqs):
+            micro = slice(first, min(first + micro_seqs, mine.stop))
+            nll = token_nll(self.called, inputs[micro], targets[micro])
+            ((nll * weights[micro]).sum() / total_weight).backward()
         self.run.sum_gradients(self.params)
         if self.c.ttt_grad_clip:
             torch.nn.utils.clip_grad_norm_(self.params, self.c.ttt_grad_clip)
@@ -1740,34 +1809,46 @@ class Mixture:
     def __init__(self, neural: Frozen, counts: NgramCounts, c: Config, run: Run):
         self.neural, self.counts, self.run, self.stride = neural, counts, run, neural.stride
         self.mixer = FixedShareHedge(2 + counts.order, c.hedge_share, run.device)
-        self.rows, self.experts = slice(0, 0), []  # of the last predict; update reads what each expert said there
+        self.memo: tuple[Tensor, list[Tensor]] | None = None
 
     @torch.no_grad()
-    def predict(self, inputs: Tensor, rows: slice) -> Tensor:
-        """Log-probabilities [m, V] of the tokens that follow inputs[rows]; weights use every token up to inputs[t]."""
-        neural = self.neural.predict(inputs, rows)
-        flattened = (self.FLATTEN * neural).log_softmax(-1)
-        self.rows, self.experts = rows, [neural, flattened, *self.counts.distributions(inputs, rows)]
-        weights = self.mixer.weights_along(self.expert_logp(inputs[1:]))[rows].float()
-        mixed = torch.zeros_like(neural)
-        for e, logp in enumerate(self.experts):
-            mixed += weights[:, e, None] * logp.exp()
-        return mixed.log()
+    def experts(self, inputs: Tensor) -> list[Tensor]:
+        """Each expert's log-probabilities [m, V] at this rank's positions of a chunk, kept until its `update`."""
+        if self.memo is None or not torch.equal(self.memo[0], inputs):
+            rows = self.run.share(len(inputs), self.stride)
+            neural = self.neural.predict(inputs, rows)
+            flattened = (self.FLATTEN * neural).log_softmax(-1)
+            self.memo = inputs, [neural, flattened, *self.counts.distributions(inputs, rows)]
+        return self.memo[1]
 
-    def expert_logp(self, realized: Tensor) -> Tensor:
-        """What each expert said of the chunk's first tokens [k] after its inputs: [k, E], the same on every rank."""
-        rows = slice(self.rows.start, max(self.rows.start, min(self.rows.stop, len(realized))))
+    def expert_logp(self, inputs: Tensor, realized: Tensor) -> Tensor:
+        """What each expert said of the tokens [k] that came after the chunk's first k inputs: [k, E] on every rank."""
+        rows = self.run.share(len(inputs), self.stride)
+        rows = slice(rows.start, max(rows.start, min(rows.stop, len(realized))))
         column = realized[rows].unsqueeze(1)
-        part = torch.cat([logp[: len(column)].gather(1, column) for logp in self.experts], dim=1)
+        part = torch.cat([logp[: len(column)].gather(1, column) for logp in self.experts(inputs)], dim=1)
         return self.run.gather(part, rows, len(realized))
 
     @torch.no_grad()
+    def predict(self, inputs: Tensor, rows: slice) -> Tensor:
+        """Log-probabilities [m, V] of the tokens that follow inputs[rows], which lie among this rank's positions.
+
+        The weights of row t come from what the experts said of inputs[1] to inputs[t], which are all before its target.
+        """
+        weights = self.mixer.weights_along(self.expert_logp(inputs, inputs[1:]))[rows].float()
+        first = self.run.share(len(inputs), self.stride).start
+        experts = [logp[rows.start - first : rows.stop - first] for logp in self.experts(inputs)]
+        mixed = torch.zeros_like(experts[0])
+        for e, logp in enumerate(experts):
+            mixed += weights[:, e, None] * logp.exp()
+        return mixed.log()
+
     def update(self, tokens: Tensor) -> None:
         """Learn from a scored chunk: tokens [n + 1], its inputs and its last target."""
-        self.mixer.update(self.expert_logp(tokens[1:]))
+        self.mixer.update(self.expert_logp(tokens[:-1], tokens[1:]))
+        self.memo = None
         self.counts.update(tokens)
-        with torch.enable_grad():
-            self.neural.update(tokens)
+        self.neural.update(tokens)
 
     def state(self) -> list[Tensor]:
         return [self.mixer.weights, *self.counts.state(), *self.neural.state()]
@@ -1808,10 +1889,17 @@ class Score:
     @property
     def val_bpb(self) -> float:
         """Bits per byte of the decoded text."""
-        return self.nll_nats.sum().item() / math.log(2) / max(1, int(self.token_bytes.sum()))
+        return bits_per_byte(self.nll_nats, self.token_bytes)
 
 
-def score(predictor, stream: Stream, tokenizer: Tokenizer, chunk_tokens: int, run: Run, progress=None) -> Score:
+def bits_per_byte(nll_nats: Tensor, token_bytes: Tensor) -> float:
+    return nll_nats.sum().item() / math.log(2) / max(1, int(token_bytes.sum()))
+
+
+SUM_TOLERANCE = 1e-4  # of a row in float32; what passes lie near is 1e-6
+
+
+def score(predictor, stream: Stream, chunk_tokens: int, run: Run, progress=None) -> Score:
     """Predict, score, update, chunk by chunk from left to right. Raises InputError if a row is no distribution."""
     clock, worst = Clock(run), 0.0
     nll = torch.zeros(len(stream), dtype=torch.float64)
@@ -1819,19 +1907,22 @@ def score(predictor, stream: Stream, tokenizer: Tokenizer, chunk_tokens: int, ru
         n = len(chunk.inputs)
         rows = run.share(n, predictor.stride)
         logp = predictor.predict(chunk.inputs, rows)
-        nats = -logp.gather(1, chunk.targets[rows].unsqueeze(1)).squeeze(1)  # the only place where a target meets a row
+        nats = -logp.gather(1, chunk.targets[rows].unsqueeze(1)).squeeze(1)  # here a row pays for the token that came
         nll[chunk.start : chunk.start + n] = run.gather(nats.double(), rows, n).cpu()
-        sum_error = logp.logsumexp(-1).expm1().abs().max().item() if len(logp) else 0.0
-        worst = max(worst, sum_error if math.isfinite(sum_error) else math.inf)
+        worst = max(worst, run.max(row_sum_error(logp)))
+        if worst > SUM_TOLERANCE:
+            raise InputError(f"scoring: by position {chunk.start + n} a row's sum is off by {worst}; allowed is 1e-4")
         if not chunk.is_last:
             predictor.update(chunk.tokens)
         if progress:
             progress(chunk.start + n, nll, clock.seconds())
-    worst = run.max(worst)
-    if worst > 1e-4 or not torch.isfinite(nll).all():
-        raise InputError(f"scoring: a row's sum is off by {worst}; allowed is 1e-4, and every score must be finite")
-    token_bytes = tokenizer.count_bytes(stream.tokens[:-1], stream.tokens[1:])
-    return Score(nll, token_bytes, worst, run.max(clock.seconds()))
+    return Score(nll, stream.token_bytes, worst, run.max(clock.seconds()))
+
+
+def row_sum_error(logp: Tensor) -> float:
+    """The largest |sum of a row's probabilities - 1|; infinite if a row is not finite."""
+    error = logp.logsumexp(-1).expm1().abs().max().item() if len(logp) else 0.0
+    return error if math.isfinite(error) else math.inf
 
 
 # ======================================================================================================================
@@ -1848,19 +1939,16 @@ STAGE_LABELS = {
 
 def run_stage(stage: str, model: GPT, stream: Stream, tokenizer: Tokenizer, c: Config, run: Run) -> Score:
     """Score the stream with one stage's predictor and log the result under the community's label."""
-    adapts = stage in ("ttt", "mixed")
-    chunk_tokens = c.ttt_chunk_tokens if adapts else c.val_batch_size
-    token_bytes = tokenizer.count_bytes(stream.tokens[:-1], stream.tokens[1:]).cumsum(0)
+    chunk_tokens = c.ttt_chunk_tokens if stage in ("ttt", "mixed") else c.val_batch_size
     said = [0.0]
 
     def progress(done: int, nll: Tensor, seconds: float) -> None:
         if seconds - said[0] >= 10:
             said[0] = seconds
-            bpb = nll[:done].sum().item() / math.log(2) / max(1, int(token_bytes[done - 1]))
+            bpb = bits_per_byte(nll[:done], stream.token_bytes[:done])
             run.log(f"  {stage}_chunk [{done}/{len(stream)}] bpb={bpb:.4f} time={seconds:.1f}s")
 
-    predictor = make_predictor(stage, model, c, run, tokenizer)
-    result = score(predictor, stream, tokenizer, chunk_tokens, run, progress)
+    result = score(make_predictor(stage, model, c, run, tokenizer), stream, chunk_tokens, run, progress)
     label, partial = STAGE_LABELS[stage], "" if stream.whole else f" partial:{len(stream)}_tokens"
     loss, bpb = result.val_loss, result.val_bpb
     run.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * result.seconds:.0f}ms{partial}")
@@ -1894,7 +1982,8 @@ def log_start(run_id: str, c: Config, run: Run, stream: Stream | None) -> None:
     run.log(f"versions: {json.dumps(versions())}")
     run.log(f"script_sha256:{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}")
     run.log(f"world_size:{run.world_size} device:{run.device} dtype:{run.dtype} compile:{int(run.compiles)}")
-    run.log(f"attention:{'flash_attention_3' if find_flash_attention_3() else 'scaled_dot_product'}")
+    uses_flash_3 = run.device.type == "cuda" and find_flash_attention_3()
+    run.log(f"attention:{'flash_attention_3' if uses_flash_3 else 'scaled_dot_product'}")
     if stream is not None:
         partial = "" if stream.whole else " partial: the stream goes on"
         run.log(f"val_loader:{c.data_path} tokens:{len(stream)} documents:{stream.documents}{partial}")
@@ -1916,7 +2005,7 @@ def run_record(run_id, c: Config, run: Run, trained, artifact: dict, results: di
     return dict(
         run_id=run_id,
         seed=c.seed,
-        config=dataclasses.asdict(c),
+        config=dataclasses.asdict(dataclasses.replace(c, run_id=run_id)),
         hardware=run.hardware(),
         versions=versions(),
         train=trained,
@@ -1935,7 +2024,9 @@ def write_records(record: dict, results: dict[str, Score], stream: Stream | None
     if c.scores_path and results:
         result = results[record["final_stage"]]
         nats, sizes = result.nll_nats.numpy(), result.token_bytes.numpy()
-        np.savez_compressed(c.scores_path, token=stream.tokens[1:].numpy(), nll_nats=nats, bytes=sizes)
+        file = io.BytesIO()
+        np.savez_compressed(file, token=stream.tokens[1:].numpy(), nll_nats=nats, bytes=sizes)
+        write_atomically(Path(c.scores_path), file.getvalue())
 
 
 def log_results(record: dict, run: Run) -> None:
@@ -1951,6 +2042,8 @@ def log_results(record: dict, run: Run) -> None:
             f"{row['tokens']:9d} {row['max_sum_error']:9.1e}"
         )
         before = row["val_bpb"]
+    seconds = sum(row["seconds"] for row in record["stages"].values())
+    run.log(f"eval seconds: all stages {seconds:.1f}, {record['final_stage']} alone {row['seconds']:.1f}")
     scope = f"documents:{row['documents']} " + ("whole stream" if row["whole_stream"] else "PARTIAL stream")
     run.log(f"final val_bpb:{record['val_bpb']:.8f} stage:{record['final_stage']} {scope}")
 
@@ -1966,9 +2059,9 @@ def save_artifact(model: GPT, path: Path, c: Config, run: Run, tokenizer: Tokeni
 def execute(c: Config, env: dict[str, str], run: Run) -> None:
     """One run, in order: data, training, artifact, stages, records."""
     if c.phase == "eval":
-        c = with_shape_of(c, run.broadcast(read_artifact, c.artifact_path)[0], env)
+        c = as_packed(c, run.broadcast(read_artifact, c.artifact_path)[0], env)
     tokenizer = Tokenizer(c)
-    stream = None if c.phase == "train" and not c.val_loss_every else Stream(c, run.device)
+    stream = None if c.phase == "train" and not c.val_loss_every else Stream(c, run.device, tokenizer)
     run_id = run.open_log(c)
     path = artifact_path(c, run_id)
     log_start(run_id, c, run, stream)
@@ -1976,7 +2069,8 @@ def execute(c: Config, env: dict[str, str], run: Run) -> None:
     trained = None
     if c.phase != "eval":
         model = GPT(c, run.dtype).init_weights(c).to(run.device)
-        trained = train(model, c, run, stream, tokenizer)
+        run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
+        trained = train(model, c, run, stream)
         trained["pack_seconds"] = save_artifact(model, path, c, run, tokenizer)
 
     header, parts = run.broadcast(read_artifact, path)  # from here on, only what the file says counts
@@ -1993,7 +2087,6 @@ def execute(c: Config, env: dict[str, str], run: Run) -> None:
 def main() -> int:
     """Run under torchrun or alone; exit status 2 and one line on standard error for input that cannot be used."""
     env = dict(os.environ)
-    run = None
     try:
         config = Config.from_env(env)
         run = Run(config)
@@ -2002,10 +2095,8 @@ def main() -> int:
         if env.get("RANK", "0") != "0":
             time.sleep(5)  # if the main rank met it too, torchrun ends this one before it says the same again
         print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    finally:
-        if run is not None:
-            run.close()
+        return 2  # without waiting for the other ranks, which may be in a collective that never ends
+    run.close()
     return 0
 
 

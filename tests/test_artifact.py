@@ -24,6 +24,7 @@ from train_gpt import (
     Run,
     Tokenizer,
     artifact_record,
+    as_packed,
     dequantize,
     pack,
     quantize,
@@ -31,7 +32,6 @@ from train_gpt import (
     quantizer_of,
     read_artifact,
     unpack,
-    with_shape_of,
     write_atomically,
 )
 
@@ -173,7 +173,7 @@ def test_packing_what_was_unpacked_gives_the_same_function(changes, tiny_config,
     tokens = torch.tensor([[1, 5, 300, 7, 1, 9]])
     (tmp_path / "x").write_bytes(pack(filled(c), c, SHA))
     header, parts = read_artifact(tmp_path / "x")
-    assert with_shape_of(c, header, {}) == c
+    assert as_packed(c, header, {}) == c
     with torch.no_grad():
         logits = [unpack(parts, c, Run(c))(tokens) for _ in range(2)]
     assert torch.equal(*logits) and torch.isfinite(logits[0]).all()
@@ -183,7 +183,7 @@ def test_the_header_says_what_a_reader_must_know(c, path, packed):
     header, parts = read_artifact(path)
     assert header["file_bytes"] == len(packed) == path.stat().st_size
     assert header["tokenizer"] == SHA
-    assert {k: tuple(v) if isinstance(v, list) else v for k, v in header["model"].items()} == c.shape()
+    assert {k: tuple(v) if isinstance(v, list) else v for k, v in header["shape"].items()} == c.marked("shape")
     assert set(parts) == set(header["parts"])
 
 
@@ -216,11 +216,12 @@ import os, torch, train_gpt as t
 torch.set_num_threads(1)
 env = dict(os.environ)
 header, parts = t.read_artifact(r"{path}")
-c = t.with_shape_of(t.Config.from_env(env), header, env)
+c = t.as_packed(t.Config.from_env(env), header, env)
 with torch.no_grad():
     torch.save(t.unpack(parts, c, t.Run(c))(torch.tensor({tokens.tolist()})), r"{tmp_path / "logits.pt"}")
 """
-    env = {k: v for k, v in tiny_env().items() if k.lower() not in c.shape()}  # the model is known from the file alone
+    known = c.marked("shape")  # from the file alone
+    env = {name: value for name, value in tiny_env().items() if name.lower() not in known}
     subprocess.run([sys.executable, "-c", code], env=env, check=True, cwd=Path(train_gpt.__file__).parent)
     with torch.no_grad():
         expected = unpack(read_artifact(path)[1], c, Run(c))(tokens)
@@ -369,8 +370,8 @@ def test_another_tokenizers_model_is_refused(c, path, header, tokenizer):
 
 def test_the_artifacts_model_replaces_settings_that_nobody_gave(header, tiny_config, c):
     other = tiny_config(num_layers=3, mlp_mult=4.0, ve_layers=(0,), seed=5)
-    assert with_shape_of(other, header, {"SEED": "5"}) == tiny_config(seed=5)
-    assert with_shape_of(c, header, {"NUM_LAYERS": "2", "VE_LAYERS": "1"}) == c
+    assert as_packed(other, header, {"SEED": "5"}) == tiny_config(seed=5)
+    assert as_packed(c, header, {"NUM_LAYERS": "2", "VE_LAYERS": "1"}) == c
 
 
 @pytest.mark.parametrize(
@@ -378,7 +379,7 @@ def test_the_artifacts_model_replaces_settings_that_nobody_gave(header, tiny_con
 )
 def test_a_setting_that_contradicts_the_artifacts_model_is_refused(header, tiny_config, name, value):
     other = tiny_config(**{name: value})
-    message = refusal(with_shape_of, other, header, {name.upper(): train_gpt.show(value)})
+    message = refusal(as_packed, other, header, {name.upper(): train_gpt.show(value)})
     assert message.startswith(f"{name.upper()}={train_gpt.show(value)}")
     assert train_gpt.show(getattr(tiny_config(), name)) in message
 
@@ -387,4 +388,4 @@ def test_a_header_is_plain_json(packed):
     _, _, header_bytes = PREFIX.unpack_from(packed)
     digest, body = packed[PREFIX.size : PREFIX.size + 32], packed[PREFIX.size + 32 :]
     assert hashlib.sha256(packed[: PREFIX.size] + body).digest() == digest
-    assert set(json.loads(body[:header_bytes])) == {"model", "tokenizer", "parts"}
+    assert set(json.loads(body[:header_bytes])) == {"shape", "score", "tokenizer", "parts"}

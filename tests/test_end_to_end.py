@@ -32,10 +32,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def start(folder, tiny_env):
-    """start(run_id, processes=1, extra={}, **settings) -> the finished process, its log and its record."""
+    """start(run_id, processes=1, extra={}, without=(), **settings) -> the finished process, its log and its record."""
 
-    def start(run_id, processes=1, extra=None, **overrides):
-        env = tiny_env(**{**FEW_CALLS, "run_id": run_id, "log_dir": str(folder), **overrides}) | (extra or {})
+    def start(run_id, processes=1, extra=None, without=(), **overrides):
+        env = tiny_env(**{**FEW_CALLS, "run_id": run_id, "log_dir": str(folder), **overrides})
+        env = {name: value for name, value in env.items() if name not in without} | (extra or {})
         command = [sys.executable, *(TORCHRUN if processes == 2 else []), str(SCRIPT)]
         done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=300)
         log, record = folder / f"{run_id}.txt", folder / f"{run_id}.json"
@@ -256,6 +257,31 @@ def test_two_processes_score_as_one_does(whole_run, scored_by_two):
         got = scored_by_two.record["stages"][stage]
         assert got["val_bpb"] == pytest.approx(row["val_bpb"], abs=1e-6), stage
         assert (got["tokens"], got["bytes"]) == (row["tokens"], row["bytes"])
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_two_processes_score_as_one_does_in_bfloat16_too(start, whole_run, optimizer):
+    """A gradient is rounded to bfloat16 once a backward pass, so what a pass covers must not depend on the ranks."""
+    changes = dict(phase="eval", artifact_path=str(whole_run.artifact), dtype="bfloat16", stages=("ttt",))
+    changes |= dict(ttt_optimizer=optimizer, ttt_lr=0.02 if optimizer == "sgd" else 0.002)
+    one, two = (finished(start(f"bf16_{optimizer}_{n}", processes=n, **changes)) for n in (1, 2))
+    assert one.record["val_bpb"] == pytest.approx(two.record["val_bpb"], abs=1e-6)
+
+
+def test_a_process_without_a_sequence_takes_part(start):
+    """One sequence a step on two processes."""
+    changes = dict(train_batch_tokens=32, phase="train", iterations=2)
+    assert finished(start("idle", processes=2, **changes)).record["train"]["tokens"] == 64
+
+
+def test_an_artifact_is_scored_as_it_was_packed_unless_told_otherwise(start, whole_run, tiny_env):
+    """The scoring settings travel in the file: with an environment that names none of them the score is the same."""
+    kept = [name.upper() for name in (*Config().marked("score"), "train_batch_tokens")]
+    plain = start("as_packed", without=kept, phase="eval", artifact_path=str(whole_run.artifact), stages=("mixed",))
+    assert finished(plain).record["val_bpb"] == whole_run.record["val_bpb"]
+    other = start("other_lr", without=kept, extra={"TTT_LR": "0.5"}, phase="eval", val_tokens=600,
+                  artifact_path=str(whole_run.artifact), stages=("ttt",))  # fmt: skip
+    assert finished(other).record["config"]["ttt_lr"] == 0.5
 
 
 def test_two_processes_train_and_log_once(trained_by_two):

@@ -155,7 +155,7 @@ def test_two_and_three_ranks_make_the_steps_of_one(tiny_config, tmp_path):
 
 
 def test_averages_are_their_definitions_in_float32(tiny_config):
-    config = tiny_config(ema_decay=0.9, swa_every=2, swa_start_scale=0.5)
+    config = tiny_config(ema_decay=0.9, swa_every=2)
     model = GPT(config).init_weights(config)
     averages, seen = WeightAverages(model, config), []
     expected = model.tok_emb.weight.detach().double().clone()
@@ -164,7 +164,7 @@ def test_averages_are_their_definitions_in_float32(tiny_config):
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(step)))
-        averages.update(step, scale)
+        averages.update(step, scale < 0.5)
         decay = min(0.9, (1 + step) / (10 + step))
         weights = model.tok_emb.weight.detach().double()
         expected = decay * expected + (1 - decay) * weights
@@ -182,5 +182,5 @@ def test_averages_are_their_definitions_in_float32(tiny_config):
 def test_without_a_late_step_there_is_no_swa_candidate(tiny_config):
     model = GPT(tiny_config())
     averages = WeightAverages(model, tiny_config())
-    averages.update(0, 1.0)
+    averages.update(0, False)
     assert set(averages.candidates()) == {"last", "ema"}

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -73,23 +74,28 @@ def test_a_shard_with_half_a_token_is_refused(tmp_path, write_shard):
 def test_a_folder_without_shards_is_refused(tmp_path, tiny_config):
     c = tiny_config(tmp_path)
     assert f"DATA_PATH={tmp_path}" in refusal(TrainLoader, c, Run(c))
-    assert "no shard" in refusal(Stream, c, CPU)
+    assert "no shard" in refusal(Stream, c, CPU, None)
+
+
+def stream_of(c):
+    """A stream of tokens that stand for a byte each."""
+    return Stream(c, CPU, SimpleNamespace(count_bytes=lambda previous, tokens: torch.ones_like(tokens)))
 
 
 def test_shards_are_found_whatever_the_folder_is_called(tmp_path, write_shard, tiny_config):
     folder = tmp_path / "set [1] *"
     folder.mkdir()
     write_shard(folder / "x_val_0.bin", range(40))
-    assert len(Stream(tiny_config(folder), CPU)) == 39
+    assert len(stream_of(tiny_config(folder))) == 39
 
 
 def test_a_token_past_the_vocabulary_is_refused(tmp_path, write_shard, tiny_config):
     c = tiny_config(tmp_path)
     for split in ("train", "val"):
-        write_shard(tmp_path / f"x_{split}_0.bin", [1] * 40 + [320])
+        write_shard(tmp_path / f"x_{split}_0.bin", [1] * 80 + [320])
     loader = TrainLoader(c, Run(c))
-    assert "token id 320" in refusal(Stream, c, CPU)
-    assert "VOCAB_SIZE=320" in refusal(loader.head, 41)
+    assert "token id 320" in refusal(Stream, c, CPU, None)
+    assert "VOCAB_SIZE=320" in refusal(loader.head, 81)
 
 
 # Tokenizer
@@ -251,8 +257,10 @@ def test_each_sequence_is_a_run_of_consecutive_tokens(counting):
 
 def test_every_span_comes_once_before_any_comes_twice(counting):
     loader = loader_on(counting.data_path, counting)
-    expected = [*range(0, 999 - 31, 32), *range(1017, 3332 - 31, 32)]  # the shard of 17 tokens has none
-    n = int(loader.ends[-1])
+    every = [*range(0, 999 - 31, 32), *range(1017, 3332 - 31, 32)]  # the shard of 17 tokens has none
+    n = loader.n
+    expected, held_out = every[:n], loader.held_out_batch()[:, 0].tolist()
+    assert held_out == every[n:] and len(held_out) == len(every) // 10
     for first in (0, 1, n, 5 * n + 3):
         starts = [int(loader.sequence(i)[0]) for i in range(first, first + n)]
         assert sorted(starts) == expected
@@ -263,7 +271,12 @@ def test_every_span_comes_once_before_any_comes_twice(counting):
 def test_every_span_comes_once_at_any_length_and_seed(tmp_path, write_shard, tiny_config, n_tokens, seed):
     write_shard(tmp_path / "x_train_0.bin", range(n_tokens))
     c = tiny_config(tmp_path, train_seq_len=8, train_batch_tokens=8, vocab_size=65536, seed=seed)
-    loader, n = loader_on(tmp_path, c), (n_tokens - 1) // 8
+    if n_tokens < 17:
+        assert "2 are needed" in refusal(loader_on, tmp_path, c)
+        return
+    loader = loader_on(tmp_path, c)
+    n, spans = loader.n, (n_tokens - 1) // 8
+    assert n + loader.held_out == spans and loader.held_out == max(1, spans // 10)
     starts = [int(loader.sequence(i)[0]) for i in range(n)]
     assert sorted(starts) == [8 * i for i in range(n)]
     assert math.gcd(loader.stride, n) == 1
@@ -358,7 +371,7 @@ def counting_stream(tmp_path, write_shard, tiny_config):
     """make(**settings) -> Stream of the tokens 0 to 100, in two shards."""
     write_shard(tmp_path / "x_val_000000.bin", range(60))
     write_shard(tmp_path / "x_val_000001.bin", range(60, 101))
-    return lambda **changes: Stream(tiny_config(tmp_path, **changes), CPU)
+    return lambda **changes: stream_of(tiny_config(tmp_path, **changes))
 
 
 def test_the_stream_is_all_shards_in_order(counting_stream):
@@ -393,4 +406,4 @@ def test_chunks_cover_the_stream_and_share_one_token(counting_stream, size):
 def test_documents_are_the_scored_ones(tmp_path, write_shard, tiny_config):
     """The last token is a target and never an input, so a document that begins there has no scored token."""
     write_shard(tmp_path / "x_val_0.bin", [1, 5, 6] * 20 + [1])
-    assert Stream(tiny_config(tmp_path), CPU).documents == 20
+    assert stream_of(tiny_config(tmp_path)).documents == 20

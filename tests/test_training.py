@@ -29,6 +29,21 @@ def test_schedule_by_the_clock_is_the_schedule_of_the_steps_that_fit():
         assert schedule(step, 0.5 * step, by_clock).lr_scale == pytest.approx(schedule(step, 0.0, STEPS).lr_scale)
 
 
+def test_swa_collects_late_in_the_warmdown_only():
+    """Not while the learning rate warms up, when its scale is low too."""
+    phases = [schedule(step, 0.0, STEPS) for step in range(1000)]
+    assert [p.collect_swa for p in phases] == [step > 920 for step in range(1000)]
+    default = [schedule(step, 0.083 * step, Config()) for step in range(7000)]
+    assert default[0].lr_scale < 0.2 and not default[0].collect_swa and default[-1].collect_swa
+
+
+def test_lengths_are_taken_as_given_unless_the_clock_shortens_the_run():
+    long = dataclasses.replace(STEPS, warmdown_iters=850, muon_momentum_warmup_steps=900)
+    phases = [schedule(step, 0.0, long) for step in range(1000)]
+    assert phases[150].lr_scale == 1.0 and phases[151].lr_scale == pytest.approx(849 / 850)
+    assert phases[899].muon_momentum < long.muon_momentum == phases[900].muon_momentum
+
+
 def test_a_slow_machine_still_gets_every_phase():
     """Defaults on a machine that makes 40 steps in the time: warm-ups and warmdown shrink to their share of the run."""
     phases = [schedule(step, 15.0 * step, Config(crown_q_lambda=1.0)) for step in range(40)]
@@ -151,7 +166,7 @@ def test_chosen_average_is_the_best_on_training_text_as_stored(tiny_config):
     lines = []
     run = Alone()
     run.log = lines.append
-    train_gpt.choose_average(model, model, averages, TrainLoader(config, run), 0, config, run)
+    train_gpt.choose_average(model, model, averages, TrainLoader(config, run), config, run)
     assert "chosen:ema " in lines[0] + " "
     assert all(torch.equal(a, b) for a, b in zip(good, model.parameters(), strict=True))
 
