@@ -42,7 +42,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from train_gpt import SHARD_HEADER_INTS, SHARD_MAGIC, SHARD_VERSION, InputError, read_shard  # noqa: E402
+from train_gpt import (  # noqa: E402
+    SHARD_HEADER_INTS,
+    SHARD_MAGIC,
+    SHARD_VERSION,
+    InputError,
+    read_shard,
+    write_atomically,
+)
 
 SPLITS = ("train", "val")
 UNITS = ("documents", "tokens", "bytes")  # that the manifest counts
@@ -347,13 +354,6 @@ def new_folder(out: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that is never seen half-written."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def write_manifest(folder: Path, name: str, model: bytes, counts: dict[str, int], sources: list[str]) -> None:
     """Write the tokenizer and then, last of all files, the manifest; print what the data set holds."""
     write_atomically(folder / "tokenizer.model", model)
@@ -515,6 +515,23 @@ def count_shards(folder: Path, bos_id: int) -> dict[str, int]:
     return documents | {f"{s}_tokens": sum(map(len, shards[s])) for s in SPLITS}
 
 
+def document_digests(folder: Path, split: str, bos_id: int) -> Iterator[bytes]:
+    """A digest of the tokens of each document that lies whole in one of the split's shards."""
+    for path in sorted(folder.glob(f"fineweb_{split}_*.bin")):
+        tokens = read_shard(path)
+        starts = np.flatnonzero(tokens == bos_id)
+        for start, stop in itertools.pairwise(starts.tolist()):
+            yield hashlib.blake2b(tokens[start:stop].tobytes(), digest_size=16).digest()
+
+
+def check_disjoint(folder: Path, bos_id: int) -> None:
+    """Raise PrepareError if a training document of a published export is also in its validation split."""
+    held_out = set(document_digests(folder, "val", bos_id))
+    shared = sum(digest in held_out for digest in document_digests(folder, "train", bos_id))
+    if shared:
+        raise PrepareError(f"{folder}: {shared} training documents are also in validation; allowed are none")
+
+
 def make_fineweb(args: argparse.Namespace) -> None:
     """The `fineweb` command."""
     name = f"fineweb10B_{args.variant}"
@@ -535,6 +552,7 @@ def make_fineweb(args: argparse.Namespace) -> None:
     shutil.rmtree(hub.staging, ignore_errors=True)
     model = local_model.read_bytes()
     bos_id = load_tokenizer(model, local_model).bos_id()
+    check_disjoint(folder, bos_id)
     write_manifest(folder, name, model, count_shards(folder, bos_id), [repo])
 
 

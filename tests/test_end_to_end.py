@@ -261,11 +261,14 @@ def test_two_processes_score_as_one_does(whole_run, scored_by_two):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_two_processes_score_as_one_does_in_bfloat16_too(start, whole_run, optimizer):
-    """A gradient is rounded to bfloat16 once a backward pass, so what a pass covers must not depend on the ranks."""
+    """A gradient is rounded to bfloat16 once a backward pass, so what a pass covers must not depend on the ranks.
+
+    What is left is the order in which float32 gradients are added: it can tip a weight to the other bfloat16 neighbour.
+    """
     changes = dict(phase="eval", artifact_path=str(whole_run.artifact), dtype="bfloat16", stages=("ttt",))
-    changes |= dict(ttt_optimizer=optimizer, ttt_lr=0.02 if optimizer == "sgd" else 0.002)
+    changes |= dict(ttt_micro_tokens=32, ttt_optimizer=optimizer, ttt_lr=0.02 if optimizer == "sgd" else 0.002)
     one, two = (finished(start(f"bf16_{optimizer}_{n}", processes=n, **changes)) for n in (1, 2))
-    assert one.record["val_bpb"] == pytest.approx(two.record["val_bpb"], abs=1e-6)
+    assert one.record["val_bpb"] == pytest.approx(two.record["val_bpb"], abs=5e-5)
 
 
 def test_a_process_without_a_sequence_takes_part(start):

@@ -375,6 +375,13 @@ def test_fineweb_fresh(hub, model, tmp_path):
     assert sorted(path.name for path in (tmp_path / "datasets").iterdir()) == ["fineweb10B_sp1024"]
 
 
+def test_fineweb_refuses_a_training_document_that_is_also_in_validation(hub, tmp_path, capsys):
+    hub.files[f"datasets/{SHARD.format('val', 0)}"] = shard_bytes([1, 300, 301, 1, 305])
+    hub.files[f"datasets/{SHARD.format('train', 1)}"] = shard_bytes([303, 1, 300, 301, 1, 306])
+    assert_refused(capsys, run_fineweb(tmp_path, 2), "1 training documents are also in validation")
+    assert not (tmp_path / "datasets" / "fineweb10B_sp1024" / "manifest.json").exists()
+
+
 def test_fineweb_goes_on_where_it_stopped(hub, tmp_path):
     assert run_fineweb(tmp_path, 1) == 0
     hub.downloads.clear()
