@@ -581,6 +581,8 @@ class Tokenizer:
     """
 
     def __init__(self, config: Config):
+        if not os.path.isdir(config.data_path):
+            raise InputError(f"DATA_PATH={config.data_path}: no such folder; data/prepare.py makes one")
         path = config.tokenizer_path or os.path.join(config.data_path, "tokenizer.model")
         if not os.path.isfile(path):
             raise InputError(f"TOKENIZER_PATH={path}: no such file")

@@ -120,6 +120,7 @@ def text_digest(text: str) -> bytes:
 
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "turtledemo", "__pycache__"}
+SKIPPED_FOLDERS |= {"encodings"}  # tables so alike that one in training gives away another in validation
 SAMPLE_DOCUMENT_MAX_BYTES = 200_000
 SAMPLE_VAL_MIN_BYTES, SAMPLE_VAL_MAX_BYTES = 100_000, 200_000
 

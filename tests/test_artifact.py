@@ -8,6 +8,7 @@ import json
 import resource
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -308,22 +309,23 @@ def test_writing_leaves_the_file_alone_in_its_folder(tmp_path):
         assert path.read_bytes() == data and [p.name for p in path.parent.iterdir()] == ["x.artifact"]
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """No file of this process may grow past 1000 bytes, as on a full disk."""
+    """No file of this process may grow past 1000 bytes, as on a full disk; not even the one that pytest writes to."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_write_that_fails_keeps_the_old_file(tmp_path, request):
+def test_a_write_that_fails_keeps_the_old_file_and_nothing_else(tmp_path):
     path = tmp_path / "x.artifact"
     path.write_bytes(b"old")
-    request.getfixturevalue("small_files")
-    with pytest.raises(OSError):
+    with small_files(), pytest.raises(OSError):
         write_atomically(path, bytes(5000))
-    assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["x.artifact"]
 
 
 # Cap, model and tokenizer
