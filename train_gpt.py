@@ -254,7 +254,7 @@ SMOKE = dict(
     eval_seq_len=256,
     ttt_chunk_tokens=2048,
     ttt_optimizer="adamw",
-    ttt_lr=0.001,
+    ttt_lr=0.0003,
     ttt_epochs=1,
     ttt_batch_tokens=2048,
     ttt_micro_tokens=512,
@@ -274,6 +274,7 @@ CPU = SMOKE | dict(
     iterations=2200,
     warmdown_iters=1300,
     train_log_every=100,
+    ttt_lr=0.001,
 )
 
 PRESETS = {"smoke": SMOKE, "cpu": CPU}
