@@ -2064,8 +2064,8 @@ def save_artifact(model: GPT, path: Path, c: Config, run: Run, tokenizer: Tokeni
 
 def execute(c: Config, env: dict[str, str], run: Run) -> None:
     """One run, in order: data, training, artifact, stages, records."""
-    if c.phase == "eval":
-        c = as_packed(c, run.broadcast(read_artifact, c.artifact_path)[0], env)
+    packed = run.broadcast(read_artifact, c.artifact_path) if c.phase == "eval" else None
+    c = as_packed(c, packed[0], env) if packed else c
     tokenizer = Tokenizer(c)
     stream = None if c.phase == "train" and not c.val_loss_every else Stream(c, run.device, tokenizer)
     run_id = run.open_log(c)
@@ -2079,7 +2079,7 @@ def execute(c: Config, env: dict[str, str], run: Run) -> None:
         trained = train(model, c, run, stream)
         trained["pack_seconds"] = save_artifact(model, path, c, run, tokenizer)
 
-    header, parts = run.broadcast(read_artifact, path)  # from here on, only what the file says counts
+    header, parts = packed or run.broadcast(read_artifact, path)  # from here on, only what the file says counts
     artifact = artifact_record(path, header, tokenizer, run)
     results = {}
     if c.phase != "train":
