@@ -489,6 +489,7 @@ class Run:
 
     def close(self) -> None:
         if dist.is_available() and dist.is_initialized():
+            dist.barrier()  # no rank takes its sockets away while another still uses them
             dist.destroy_process_group()
 
 
@@ -2107,4 +2108,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # all files are closed; gloo's threads can abort an interpreter that takes itself apart
