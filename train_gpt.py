@@ -157,9 +157,14 @@ class Config:
     ttt_cosine_tokens: int = setting(0, 0, score=True)  # stream length over which the rate falls to 0; 0 = constant
     ttt_byte_weighted: bool = setting(False, score=True)
     ttt_temperature: float = setting(1.0, 0.1, 10.0, score=True)
-    mixer: str = setting("hedge", choices=("hedge", "none"), score=True)
-    hedge_share: float = setting(0.02, 1e-9, 1.0, score=True)  # of the weight, spread over all at every token
-    ngram_discount: float = setting(0.75, 0.01, 0.99, score=True)
+    mixer: str = setting("maxent", choices=("maxent", "tilt"), score=True)
+    mixer_hidden: int = setting(32, 1, 4096, shape=True)  # units of the network that maxent learns
+    mixer_lr: float = setting(0.002, 0.0, score=True)  # of its step after each scored chunk
+    mixer_calibration_tokens: int = setting(1_048_576, 1)  # of held-out training text, on which it is fitted
+    ngram_orders: tuple[int, ...] = setting((1, 2, 3, 4, 5, 6, 8, 12, 16, 24), shape=True)  # tokens of context
+    ngram_depth: int = setting(16, 1, 255, score=True)  # latest occurrences of a context that count
+    ngram_reach_tokens: int = setting(64_000_000, 1, 2**31 - 2**27, score=True)  # how far back they may lie
+    ngram_table_bits: int = setting(25, 4, 32, score=True)  # log2 of the contexts remembered; 8 bytes each
 
     @classmethod
     def from_env(cls, env: dict[str, str]) -> Config:
@@ -204,8 +209,13 @@ class Config:
         yield self.run_id != os.path.basename(self.run_id), f"RUN_ID={self.run_id!r}: allowed is a plain file name"
         npz = not self.scores_path or self.scores_path.endswith(".npz")
         yield not npz, f"SCORES_PATH={self.scores_path}: allowed is a name that ends in .npz"
-        once = len(set(self.stages)) == len(self.stages) and len(set(self.ve_layers)) == len(self.ve_layers)
-        yield not once, f"STAGES={show(self.stages)} VE_LAYERS={show(self.ve_layers)}: allowed is each name once"
+        for name in ("stages", "ve_layers", "ngram_orders"):
+            values = getattr(self, name)
+            yield len(set(values)) < len(values), f"{name.upper()}={show(values)}: allowed is each value once"
+        orders_fit = 1 in self.ngram_orders and all(0 < order <= 64 for order in self.ngram_orders)
+        yield not orders_fit, f"NGRAM_ORDERS={show(self.ngram_orders)}: allowed are 1 and others up to 64"
+        hint_missing = self.mixer == "tilt" and OneTokenTilt.ORDER not in self.ngram_orders
+        yield hint_missing, f"NGRAM_ORDERS={show(self.ngram_orders)}: MIXER=tilt needs {OneTokenTilt.ORDER} among them"
         no_artifact = self.phase == "eval" and not self.artifact_path
         yield no_artifact, "PHASE=eval needs ARTIFACT_PATH, the file to score"
 
@@ -258,6 +268,8 @@ SMOKE = dict(
     ttt_epochs=1,
     ttt_batch_tokens=2048,
     ttt_micro_tokens=512,
+    mixer_calibration_tokens=65_536,
+    ngram_table_bits=20,
 )
 
 # A quarter of an hour of training on two CPU cores, for measurements: give it DATA_PATH.
@@ -275,6 +287,8 @@ CPU = SMOKE | dict(
     warmdown_iters=1300,
     train_log_every=100,
     ttt_lr=0.001,
+    mixer_calibration_tokens=131_072,
+    ngram_table_bits=23,
 )
 
 PRESETS = {"smoke": SMOKE, "cpu": CPU}
@@ -638,10 +652,11 @@ class TrainLoader:
 
     The shards are cut into spans of TRAIN_SEQ_LEN tokens (plus one, the last target). Sequence i of the run is span
     (offset + i * stride) mod n with the stride coprime to n, so consecutive sequences come from all over the data. The
-    last spans, 65,536 tokens or a tenth of the data if that is less, are not among the n: averages are chosen on them.
+    last spans are not among the n: averages are chosen on 65,536 tokens of them and the mixer is fitted on
+    MIXER_CALIBRATION_TOKENS, or both on a tenth of the data if that is less.
     """
 
-    HELD_OUT_TOKENS = 65_536
+    AVERAGING_TOKENS = 65_536
 
     def __init__(self, config: Config, run: Run):
         self.config, self.run, self.seq_len = config, run, config.train_seq_len
@@ -651,7 +666,11 @@ class TrainLoader:
         spans = int(self.ends[-1])
         if spans < 2:
             raise InputError(f"TRAIN_SEQ_LEN={self.seq_len}: {config.data_path} has {spans} sequences; 2 are needed")
-        self.held_out = min(-(-self.HELD_OUT_TOKENS // self.seq_len), max(1, spans // 10))
+        self.averaging, calibration = (
+            min(-(-tokens // self.seq_len), max(1, spans // 10))
+            for tokens in (self.AVERAGING_TOKENS, config.mixer_calibration_tokens)
+        )
+        self.held_out = max(self.averaging, calibration)
         n = self.n = spans - self.held_out
         self.offset = int(np.random.default_rng(config.seed).integers(n))
         self.stride = next(s for s in range(max(1, round(0.618 * n)), 2 * n + 2) if math.gcd(s, n) == 1)
@@ -672,9 +691,14 @@ class TrainLoader:
         return self.on_device([self.sequence(first + i) for i in range(mine.start, mine.stop)])
 
     def held_out_batch(self) -> Tensor:
-        """This rank's part of the spans that training never sees, like a batch."""
-        mine = self.run.share(self.held_out)
+        """This rank's part of the spans on which averages are chosen, like a batch."""
+        mine = self.run.share(self.averaging)
         return self.on_device([self.span(self.n + i) for i in range(mine.start, mine.stop)])
+
+    def held_out_text(self, n_tokens: int) -> Tensor:
+        """The spans that training never sees, in the order of the text: int64, n_tokens at most."""
+        spans = [self.span(i)[:-1] for i in range(self.n, self.n + self.held_out)]
+        return torch.from_numpy(np.concatenate(spans)[:n_tokens]).to(self.run.device)
 
     def on_device(self, rows: list[np.ndarray]) -> Tensor:
         """Sequences as int64 [n, TRAIN_SEQ_LEN + 1] on the device."""
@@ -1308,7 +1332,7 @@ def choose_average(model: GPT, called, averages: WeightAverages, loader: TrainLo
     batch = loader.held_out_batch()
 
     def loss() -> float:
-        return run.sum(held_out_nats(called, batch, c)).item() / (loader.held_out * c.train_seq_len)
+        return run.sum(held_out_nats(called, batch, c)).item() / (loader.averaging * c.train_seq_len)
 
     losses, candidates = {}, averages.candidates()
     for name, weights in candidates.items():
@@ -1430,7 +1454,7 @@ def dequantize(symbols: Tensor, scale: Tensor) -> Tensor:
     return symbols.float() * scale.float().unsqueeze(1)
 
 
-def pack(model: GPT, c: Config, tokenizer_sha256: str) -> bytes:
+def pack(model: GPT, mixer: Maxent, c: Config, tokenizer_sha256: str) -> bytes:
     """The artifact's bytes, a byte a symbol before LZMA: packed to six bits, it came out 19 % larger.
 
     Raises InputError for a weight that cannot be held.
@@ -1446,6 +1470,7 @@ def pack(model: GPT, c: Config, tokenizer_sha256: str) -> bytes:
         if not torch.isfinite(stored).all():
             raise InputError(f"weight {name} cannot be stored: allowed is what float16 holds, 65504 at most and no NaN")
         parts["scales" if name in quantized else "float16"].append(as_bytes(stored))
+    parts["mixer"] = [as_bytes(p.detach().half()) for p in mixer.parameters()]
     streams = {part: compress(b"".join(pieces)) for part, pieces in parts.items()}
     sizes = {part: len(stream) for part, stream in streams.items()}
     kept = dict(shape=c.marked("shape"), score=c.marked("score"), tokenizer=tokenizer_sha256, parts=sizes)
@@ -1511,9 +1536,12 @@ def as_packed(c: Config, header: dict, env: dict[str, str]) -> Config:
         raise InputError(f"ARTIFACT_PATH={c.artifact_path}: its settings are not this script's ({error})") from None
 
 
-def unpack(parts: dict[str, bytes], c: Config, run: Run) -> GPT:
-    """The model that an artifact's parts hold, on the run's device. Raises InputError if their sizes do not fit."""
-    model = GPT(c, run.dtype)
+def unpack(parts: dict[str, bytes], c: Config, run: Run) -> tuple[GPT, Maxent]:
+    """The model and the mixer that an artifact's parts hold, on the run's device.
+
+    Raises InputError if their sizes do not fit.
+    """
+    model, mixer = GPT(c, run.dtype), Maxent(c)
     quantized, position = quantized_parameters(model), dict.fromkeys(parts, 0)
 
     def take(part: str, kind: str, shape: torch.Size) -> Tensor:
@@ -1531,9 +1559,11 @@ def unpack(parts: dict[str, bytes], c: Config, run: Run) -> GPT:
                 p.copy_(dequantize(symbols, take("scales", "<f2", p.shape[:1])))
             else:
                 p.copy_(take("float16", "<f2", p.shape))
+        for p in mixer.parameters():
+            p.copy_(take("mixer", "<f2", p.shape))
     if any(position[part] != len(raw) for part, raw in parts.items()):
         raise InputError("artifact: more bytes than its model needs")
-    return model.to(run.device)
+    return model.to(run.device), mixer.to(run.device)
 
 
 def artifact_record(path: Path, header: dict, tokenizer: Tokenizer, run: Run) -> dict:
@@ -1565,118 +1595,258 @@ def artifact_record(path: Path, header: dict, tokenizer: Tokenizer, run: Run) ->
 
 
 # ======================================================================================================================
-# Experts: n-gram counts of the tokens scored so far, and the full-vocabulary distributions made from them.
+# Experts: what followed the same context earlier in the stream. Everything is counted up to the token before the one
+# that is predicted, also inside a chunk.
 # ======================================================================================================================
 
 
-class NgramCounts:
-    """Exact counts of (context, token) for orders 1 to `order`, and interpolated absolute discounting over them.
+@dataclass(frozen=True)
+class Evidence:
+    """The tokens that followed a row's contexts before, and how often: one entry a (row, token), sorted by both.
 
-    An entry's key is context * V + token, with the context itself the number that its tokens spell in base V: keys are
-    exact, so a context's counts always add up to its total and every row sums to one.
+    `counts` uint8 [entries, 2, orders] are occurrences in this document and in earlier ones, among the latest
+    NGRAM_DEPTH of each context; `totals` [rows, 2, orders] are their sums over a row's tokens.
     """
 
-    def __init__(self, vocab_size: int, discount: float, device: torch.device, order: int = 3):
-        self.vocab_size, self.discount, self.order = vocab_size, discount, order
-        self.keys = [torch.empty(0, dtype=torch.int64, device=device) for _ in range(order)]
-        self.counts = [torch.empty(0, dtype=torch.int64, device=device) for _ in range(order)]
-        self.tail = torch.empty(0, dtype=torch.int64, device=device)  # the order - 2 tokens before the next input
+    row: Tensor  # int64 [entries]
+    token: Tensor  # int64 [entries]
+    counts: Tensor
+    totals: Tensor
 
-    def contexts(self, inputs: Tensor, length: int) -> Tensor:
-        """The number of the `length` tokens up to each input, int64 [n]; -1 where the stream is not that long yet."""
-        if length == 0:
-            return torch.zeros_like(inputs)
-        known = torch.cat([self.tail, inputs])
-        missing = min(len(inputs), max(0, length - 1 - len(self.tail)))
-        number = torch.zeros(len(inputs) - missing, dtype=torch.int64, device=inputs.device)
-        for back in reversed(range(length)):
-            stop = len(known) - back
-            number = number * self.vocab_size + known[stop - len(number) : stop]
-        return F.pad(number, (missing, 0), value=-1)
 
-    def distributions(self, inputs: Tensor, rows: slice) -> list[Tensor]:
-        """Log-probabilities after each of inputs[rows], for orders 1, 2, ...: each [m, V], from counts of past chunks.
+class ContextIndex:
+    """Where the contexts of the last k tokens stood before, for each k of NGRAM_ORDERS.
 
-        p_k(w | h) = max(c(h, w) - d, 0) / C(h) + d D(h) / C(h) p_{k-1}(w | h'), D(h) the number of different tokens
-        seen after h, p_0 uniform; a context not seen passes p_{k-1} on (Ney, Essen & Kneser 1994).
+    Every position links to the latest earlier one with the same context, so that following the links lists a context's
+    occurrences, newest first, and the tokens after them are what it predicts. `latest` finds the first link: a table of
+    2^NGRAM_TABLE_BITS entries that all orders share, each the newest position whose context fell on it and 32 more
+    bits of that context's hash. Three things are forgotten, and memory stays bounded: what stood more than
+    NGRAM_REACH_TOKENS back, occurrences beyond the latest NGRAM_DEPTH (3 NGRAM_DEPTH / k of a longer context), and a
+    context whose entry a newer one has taken. A hash that two contexts share (one in 2^57) would merge them; a
+    context's counts are counts of its own occurrences in any case, and add up to their number.
+    """
+
+    MULTIPLIER = 0x5851F42D4C957F2D  # odd; Knuth's for 64-bit congruential generators
+    CHECK = 2**32 - 1
+
+    def __init__(self, c: Config, device: torch.device):
+        self.c, self.orders = c, sorted(c.ngram_orders)
+        self.depths = [max(1, min(c.ngram_depth, 3 * c.ngram_depth // order)) for order in self.orders]
+        self.seen = 0  # positions before the next chunk
+        self.document = torch.zeros(1, dtype=torch.int64, device=device)  # where the open document began
+        self.tail = torch.full((max(self.orders) - 1,), -1, dtype=torch.int64, device=device)  # the tokens before it
+        self.latest = torch.zeros(1 << c.ngram_table_bits, dtype=torch.int64, device=device)  # position + 1, hash bits
+        self.tokens = torch.zeros(1, dtype=torch.int32, device=device)
+        self.links = torch.zeros(len(self.orders), 1, dtype=torch.int32, device=device)  # position + 1; 0 = none
+        self.ahead: Tensor | None = None  # the inputs that stand behind position `seen`, not yet part of the state
+
+    def place(self, position: Tensor) -> Tensor:
+        """Where a position is kept: the arrays are rings that double until they hold the reach."""
+        return position & (len(self.tokens) - 1)
+
+    def hashes(self, inputs: Tensor) -> Tensor:
+        """A number for the context of each order that ends at each input: int64 [orders, n]."""
+        known, number, found = torch.cat([self.tail, inputs]), torch.zeros_like(inputs), []
+        for back in range(self.orders[-1]):
+            start = len(self.tail) - back
+            number = (number + known[start : start + len(inputs)] + 2) * self.MULTIPLIER  # modulo 2^64
+            number = number ^ ((number >> 29) & (2**35 - 1))
+            if back + 1 in self.orders:
+                found.append(number)
+        return torch.stack(found)
+
+    def slots(self, hashes: Tensor) -> Tensor:
+        return hashes & (len(self.latest) - 1)
+
+    def link(self, hashes: Tensor) -> Tensor:
+        """For each context of a chunk the latest earlier position that has it, plus 1; 0 where none is known."""
+        ordered, source = hashes.sort(dim=1, stable=True)
+        again = ordered[:, 1:] == ordered[:, :-1]
+        inside = torch.zeros_like(hashes)
+        inside.scatter_(1, source[:, 1:], torch.where(again, source[:, :-1] + self.seen + 1, 0))
+        entry = self.latest[self.slots(hashes)]
+        before = torch.where((entry & self.CHECK) == ((hashes >> 32) & self.CHECK), entry >> 32, 0)
+        return torch.where(inside > 0, inside, before)
+
+    def look_ahead(self, inputs: Tensor) -> None:
+        """Link the chunk that follows, behind the end of what is state."""
+        if self.ahead is not None and torch.equal(self.ahead, inputs):
+            return
+        n = len(inputs)
+        while len(self.tokens) < min(self.seen, self.c.ngram_reach_tokens) + n:
+            self.tokens = torch.cat([self.tokens, torch.zeros_like(self.tokens)])
+            self.links = torch.cat([self.links, torch.zeros_like(self.links)], dim=1)
+        position = torch.arange(self.seen, self.seen + n, device=inputs.device)
+        self.tokens[self.place(position)] = inputs.int()
+        self.links[:, self.place(position)] = self.link(self.hashes(inputs)).int()
+        self.ahead = inputs
+
+    def document_starts(self, inputs: Tensor) -> Tensor:
+        """The position of the BOS before each input of the chunk that follows: int64 [n]."""
+        position = torch.arange(self.seen, self.seen + len(inputs), device=inputs.device)
+        begins = torch.where(inputs == self.c.bos_id, position, self.document)
+        return begins.cummax(0).values
+
+    def occurrences(self, rows: slice):
+        """Earlier positions with each row's contexts, newest first: int64 [orders that go so deep, m]; -1 = none."""
+        position = torch.arange(self.seen + rows.start, self.seen + rows.stop, device=self.tokens.device)
+        order = torch.arange(len(self.orders), device=position.device).unsqueeze(1)
+        at = position.expand(len(order), -1)
+        for depth in range(self.depths[0]):
+            deep = sum(d > depth for d in self.depths)
+            linked = self.links[order[:deep], self.place(at[:deep])].long() - 1
+            near = (at[:deep] >= 0) & (position - linked <= self.c.ngram_reach_tokens)
+            at = torch.where(near, linked, -1)
+            yield at
+
+    def evidence(self, inputs: Tensor, rows: slice) -> Evidence:
+        """What stood after the contexts that end at inputs[rows] of the chunk that follows.
+
+        Order 1 is asked about this document only: over all documents it would add tokens and no knowledge.
         """
-        m = rows.stop - rows.start
-        lower = torch.full((m, self.vocab_size), 1.0 / self.vocab_size, device=inputs.device)
-        found = []
-        for k in range(self.order):
-            context, inverse = self.contexts(inputs, k)[rows].unique(return_inverse=True)
-            discounted, left_over = self.sparse_rows(k, context)
-            lower = discounted[inverse].add_(left_over[inverse, None] * lower)
-            found.append(lower.log())
-        return found
-
-    def sparse_rows(self, k: int, context: Tensor) -> tuple[Tensor, Tensor]:
-        """The discounted shares of each context [u] as [u, V], and the mass [u] left for the order below."""
-        begin = torch.searchsorted(self.keys[k], context * self.vocab_size)
-        distinct = torch.searchsorted(self.keys[k], (context + 1) * self.vocab_size) - begin
-        row = torch.repeat_interleave(torch.arange(len(context), device=context.device), distinct)
-        within = torch.arange(len(row), device=row.device) - (distinct.cumsum(0) - distinct)[row]
-        entry = begin[row] + within
-        count = self.counts[k][entry].double()  # float32 counts no further than 2^24
-        total = torch.zeros(len(context), dtype=torch.float64, device=row.device).index_add_(0, row, count)
-        shares = torch.zeros(len(context), self.vocab_size, device=row.device)
-        shares[row, self.keys[k][entry] % self.vocab_size] = ((count - self.discount) / total[row]).float()
-        left_over = torch.where(total > 0, self.discount * distinct / total.clamp(min=1), 1.0)
-        return shares, left_over.float()
+        self.look_ahead(inputs)
+        m, vocab_size, n_orders = rows.stop - rows.start, self.c.vocab_size, len(self.orders)
+        begins = self.document_starts(inputs)[rows]
+        order = torch.arange(n_orders, device=inputs.device).unsqueeze(1)
+        first_cell = vocab_size * torch.arange(m, device=inputs.device)
+        cells, columns = [], []
+        for position in self.occurrences(rows):
+            earlier = position < begins
+            used = (position >= 0) & ~(earlier & (order[: len(position)] == self.orders.index(1)))
+            token = self.tokens[self.place(position + 1)].long()
+            cells.append((first_cell + token)[used])
+            columns.append((order[: len(position)] + n_orders * earlier)[used])
+        column = torch.cat(columns)
+        cell, entry = torch.cat(cells).unique(return_inverse=True)
+        row = cell // vocab_size
+        counts = torch.bincount(entry * 2 * n_orders + column, minlength=len(cell) * 2 * n_orders)
+        totals = torch.bincount(row[entry] * 2 * n_orders + column, minlength=m * 2 * n_orders)
+        counts, totals = (x.view(-1, 2, n_orders).to(torch.uint8) for x in (counts, totals))
+        return Evidence(row, cell % vocab_size, counts, totals)
 
     def update(self, tokens: Tensor) -> None:
-        """Count the targets of a scored chunk: tokens [n + 1], its inputs and its last target."""
-        inputs, targets = tokens[:-1], tokens[1:]
-        for k in range(self.order):
-            context = self.contexts(inputs, k)
-            new = (context * self.vocab_size + targets)[context >= 0]
-            new_keys, new_counts = new.unique(return_counts=True)
-            self.keys[k], inverse = torch.cat([self.keys[k], new_keys]).unique(return_inverse=True)
-            counts = torch.cat([self.counts[k], new_counts])
-            self.counts[k] = torch.zeros_like(self.keys[k]).index_add_(0, inverse, counts)
-        self.tail = torch.cat([self.tail, inputs])[len(self.tail) + len(inputs) - max(0, self.order - 2) :]
+        """Take in a scored chunk: tokens [n + 1], its inputs and its last target."""
+        inputs = tokens[:-1]
+        self.look_ahead(inputs)
+        hashes, n = self.hashes(inputs), len(inputs)
+        position = torch.arange(self.seen + 1, self.seen + n + 1, device=inputs.device)
+        entry = (position << 32) | ((hashes >> 32) & self.CHECK)
+        self.latest.scatter_reduce_(0, self.slots(hashes).flatten(), entry.flatten(), "amax")
+        self.document = self.document_starts(inputs)[-1:]
+        self.tail = torch.cat([self.tail, inputs])[n:]
+        self.seen, self.ahead = self.seen + n, None
+
+    def memory_bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.latest, self.tokens, self.links))
 
     def state(self) -> list[Tensor]:
-        return [*self.keys, *self.counts, self.tail]
+        reach = min(self.seen, self.c.ngram_reach_tokens)
+        kept = self.place(torch.arange(self.seen - reach, self.seen, device=self.tokens.device))
+        seen = torch.tensor(self.seen)
+        return [seen, self.document, self.tail, self.latest, self.tokens[kept], self.links[:, kept]]
 
 
 # ======================================================================================================================
-# Mixing: several distributions in, one distribution out, with weights that only the past has set.
+# Mixing: the neural rows and the evidence in, one distribution out.
 # ======================================================================================================================
 
 
-class FixedShareHedge:
-    """Hedge with a fixed share (Herbster & Warmuth 1998) over E experts, its weights moving at every token.
+@dataclass(frozen=True)
+class Case:
+    """Evidence beside what the neural rows say: all that the bias of a token may depend on."""
 
-    Learning rate 1 on log loss makes the mixture Bayes' rule: the total loss is at most ln E nats above the best
-    expert's, and the share pays about ln(E / share) nats for each change to another expert. One token is the linear
-    step w <- ((1 - s) diag(g) + (s / E) 1 g^T) w, g_e the probability that expert e gave it, so that the weights before
-    every token of a chunk come from one scan of matrix products instead of a loop over tokens.
+    evidence: Evidence
+    logp: Tensor  # of each entry's token, float32 [entries]
+    entropy: Tensor  # of each row, nats [m]
+    top: Tensor  # largest log-probability of each row [m]
+
+    @classmethod
+    def of(cls, logp: Tensor, evidence: Evidence) -> Case:
+        at = logp[evidence.row, evidence.token]
+        return cls(evidence, at, -(logp.exp() * logp).sum(1), logp.amax(1))
+
+    def tilted(self, logp: Tensor, bias: Tensor) -> Tensor:
+        """p'(a) = p(a) e^b(a) / Z for the evidence's tokens and p(a) / Z for all others: [m, V] log-probabilities."""
+        return logp.index_put((self.evidence.row, self.evidence.token), self.logp + bias).log_softmax(-1)
+
+    def expected(self, bias: Tensor) -> Tensor:
+        """p'(a) of each entry by the sparse sum Z = 1 + sum p(a) (e^b(a) - 1), float64 and in a fixed order."""
+        p, bias = self.logp.double().exp(), bias.double()
+        entries = torch.bincount(self.evidence.row, minlength=len(self.entropy))
+        z = 1 + torch.segment_reduce(p * bias.expm1(), "sum", lengths=entries, initial=0.0)
+        return (p * bias.exp() / z[self.evidence.row]).to(self.logp)
+
+
+class Maxent(nn.Module):
+    """Sparse maximum-entropy tilt: a small network gives each token of the evidence its bias.
+
+    The gradient of a row's loss with respect to b(a) is p'(a) - [a = x], what was expected less what came. The network
+    is fitted on training text before the artifact is written and takes a step of Adam after each scored chunk.
     """
 
-    def __init__(self, experts: int, share: float, device: torch.device):
-        self.share = share
-        self.weights = torch.full((experts,), 1.0 / experts, dtype=torch.float64, device=device)
+    LIMITS = (-8.0, 10.0)  # nats
+    BLOCK = 8192  # entries at a time: with shapes that never change, an entry's bias is the same bits whatever follows
 
-    def weights_along(self, expert_logp: Tensor) -> Tensor:
-        """expert_logp [n, E] of n realized tokens -> the weights before each of them and after the last: [n + 1, E]."""
-        n, experts = expert_logp.shape
-        if n == 0:
-            return self.weights.unsqueeze(0)
-        gain = (expert_logp - expert_logp.amax(1, keepdim=True)).double().exp()
-        product = (1 - self.share) * torch.diag_embed(gain) + (self.share / experts) * gain.unsqueeze(1)
-        reach = 1
-        while reach < n:  # Hillis-Steele scan: entry t is the product of the last `reach` steps up to t
-            product = torch.cat([product[:reach], product[reach:] @ product[:-reach]])
-            product = product / product.amax((1, 2), keepdim=True)  # the scale is free: weights are normalized
-            reach *= 2
-        after = product @ self.weights
-        along = torch.cat([self.weights.unsqueeze(0), after])
-        return along / along.sum(1, keepdim=True)
+    def __init__(self, c: Config):
+        super().__init__()
+        self.hidden = nn.Linear(6 * len(c.ngram_orders) + 3, c.mixer_hidden)
+        self.out = nn.Linear(c.mixer_hidden, 1)
+        bound, generator = self.hidden.in_features**-0.5, torch.Generator().manual_seed(c.seed)
+        for p, limit in zip(self.parameters(), (bound, bound, 0.0, 0.0), strict=True):
+            nn.init.uniform_(p, -limit, limit, generator=generator)
 
-    def update(self, expert_logp: Tensor) -> None:
-        """Move past the tokens of a scored chunk."""
-        self.weights = self.weights_along(expert_logp)[-1].clone()
+    @staticmethod
+    def features(case: Case, block: slice) -> Tensor:
+        """What is known of a block of entries: [entries, 6 orders + 3].
+
+        For each order, over all documents and in this one: the token's share of the occurrences, the logarithm of its
+        count, and whether the context occurred at all; then the neural logarithms of the token, the row's entropy and
+        its top.
+        """
+        row = case.evidence.row[block]
+        counts, totals = case.evidence.counts[block].to(case.logp), case.evidence.totals[row].to(case.logp)
+        counts, totals = (torch.stack([x.sum(1), x[:, 0]], dim=1) for x in (counts, totals))
+        known = torch.stack([counts / (totals + 0.5), 0.5 * counts.log1p(), (totals > 0).to(counts)], dim=1)
+        neural = torch.stack([case.logp[block], case.entropy[row], case.top[row]], dim=1)
+        return torch.cat([known.flatten(1), 0.25 * neural], dim=1)
+
+    def bias(self, case: Case) -> Tensor:
+        """b(a) of each entry, nats."""
+        n, found = len(case.logp), [case.logp.new_empty(0)]
+        for start in range(0, n, self.BLOCK):
+            features = self.features(case, slice(start, min(start + self.BLOCK, n)))
+            padded = F.pad(features, (0, 0, 0, self.BLOCK - len(features)))
+            found.append(self.out(F.gelu(self.hidden(padded))).squeeze(1).clamp(*self.LIMITS))
+        return torch.cat(found)[:n]
+
+    @torch.enable_grad()
+    def accumulate_gradients(self, case: Case, targets: Tensor, n: int) -> None:
+        """Add the gradient of the rows' share of the mean loss over n tokens."""
+        bias = self.bias(case)
+        hit = case.evidence.token == targets[case.evidence.row]
+        excess = case.expected(bias.detach()) - hit.to(bias)
+        if len(bias):
+            bias.backward(excess / n)
+
+
+class OneTokenTilt(nn.Module):
+    """The published tilt, p'(a) = e^(beta [a = hint]) p(a) / Z, as the baseline: nothing in it is learned.
+
+    The hint is the token that followed the last 16 tokens in at least 0.8 of the occurrences that the index knows; beta
+    is that of the accepted record (PR #2135 of openai/parameter-golf).
+    """
+
+    ORDER, SHARE, BETA = 16, 0.8, 2.625
+
+    def __init__(self, c: Config):
+        super().__init__()
+        self.order = sorted(c.ngram_orders).index(self.ORDER)
+
+    def bias(self, case: Case) -> Tensor:
+        """b(a) of each entry, nats."""
+        counts = case.evidence.counts[:, :, self.order].sum(1)
+        totals = case.evidence.totals[:, :, self.order].sum(1)[case.evidence.row]
+        return self.BETA * ((counts > 0) & (counts >= self.SHARE * totals)).float()
 
 
 # ======================================================================================================================
@@ -1805,60 +1975,93 @@ class Adapting(Frozen):
 
 
 class Mixture:
-    """A neural predictor and n-gram experts under one mixer.
+    """A neural predictor whose rows a mixer tilts by the evidence of the stream so far.
 
-    The experts are the neural rows, the neural rows flattened (their square root, normalized: a proper distribution
-    where published mixers put e^-H on every token), and the n-gram rows of each order, all [m, V] log-probabilities.
+    The index is read up to the token before each position; the mixer's weights are those that the last chunk left.
     """
 
-    FLATTEN = 0.5
-
-    def __init__(self, neural: Frozen, counts: NgramCounts, c: Config, run: Run):
-        self.neural, self.counts, self.run, self.stride = neural, counts, run, neural.stride
-        self.mixer = FixedShareHedge(2 + counts.order, c.hedge_share, run.device)
-        self.memo: tuple[Tensor, list[Tensor]] | None = None
+    def __init__(self, neural: Frozen, mixer: nn.Module, c: Config, run: Run):
+        self.neural, self.run, self.stride = neural, run, neural.stride
+        self.index = ContextIndex(c, run.device)
+        self.fitter = Fitter(copy.deepcopy(mixer), c.mixer_lr, run)
+        self.memo: tuple[Tensor, slice, Tensor, Case] | None = None
 
     @torch.no_grad()
-    def experts(self, inputs: Tensor) -> list[Tensor]:
-        """Each expert's log-probabilities [m, V] at this rank's positions of a chunk, kept until its `update`."""
-        if self.memo is None or not torch.equal(self.memo[0], inputs):
-            rows = self.run.share(len(inputs), self.stride)
-            neural = self.neural.predict(inputs, rows)
-            flattened = (self.FLATTEN * neural).log_softmax(-1)
-            self.memo = inputs, [neural, flattened, *self.counts.distributions(inputs, rows)]
-        return self.memo[1]
-
-    def expert_logp(self, inputs: Tensor, realized: Tensor) -> Tensor:
-        """What each expert said of the tokens [k] that came after the chunk's first k inputs: [k, E] on every rank."""
-        rows = self.run.share(len(inputs), self.stride)
-        rows = slice(rows.start, max(rows.start, min(rows.stop, len(realized))))
-        column = realized[rows].unsqueeze(1)
-        part = torch.cat([logp[: len(column)].gather(1, column) for logp in self.experts(inputs)], dim=1)
-        return self.run.gather(part, rows, len(realized))
+    def look(self, inputs: Tensor, rows: slice) -> tuple[Tensor, Case]:
+        """The neural log-probabilities [m, V] after inputs[rows] and the case for them, kept until `update`."""
+        if self.memo is None or self.memo[1] != rows or not torch.equal(self.memo[0], inputs):
+            logp = self.neural.predict(inputs, rows)
+            self.memo = inputs, rows, logp, Case.of(logp, self.index.evidence(inputs, rows))
+        return self.memo[2:]
 
     @torch.no_grad()
     def predict(self, inputs: Tensor, rows: slice) -> Tensor:
-        """Log-probabilities [m, V] of the tokens that follow inputs[rows], which lie among this rank's positions.
-
-        The weights of row t come from what the experts said of inputs[1] to inputs[t], which are all before its target.
-        """
-        weights = self.mixer.weights_along(self.expert_logp(inputs, inputs[1:]))[rows].float()
-        first = self.run.share(len(inputs), self.stride).start
-        experts = [logp[rows.start - first : rows.stop - first] for logp in self.experts(inputs)]
-        mixed = torch.zeros_like(experts[0])
-        for e, logp in enumerate(experts):
-            mixed += weights[:, e, None] * logp.exp()
-        return mixed.log()
+        """Log-probabilities [m, V] of the tokens that follow inputs[rows]."""
+        logp, case = self.look(inputs, rows)
+        return case.tilted(logp, self.fitter.mixer.bias(case))
 
     def update(self, tokens: Tensor) -> None:
         """Learn from a scored chunk: tokens [n + 1], its inputs and its last target."""
-        self.mixer.update(self.expert_logp(tokens[:-1], tokens[1:]))
+        inputs, n = tokens[:-1], len(tokens) - 1
+        rows = self.run.share(n, self.stride)
+        self.fitter.step(self.look(inputs, rows)[1], tokens[1:][rows], n)
+        self.advance(tokens)
+
+    def advance(self, tokens: Tensor) -> None:
+        """Move past a chunk without a step of the mixer."""
         self.memo = None
-        self.counts.update(tokens)
+        self.index.update(tokens)
         self.neural.update(tokens)
 
     def state(self) -> list[Tensor]:
-        return [self.mixer.weights, *self.counts.state(), *self.neural.state()]
+        return [*self.fitter.state(), *self.index.state(), *self.neural.state()]
+
+
+class Fitter:
+    """Adam on a mixer's weights, if it has any; ranks add up the gradients of their rows."""
+
+    def __init__(self, mixer: nn.Module, lr: float, run: Run):
+        self.mixer, self.run, self.params = mixer, run, list(mixer.parameters())
+        self.adam = torch.optim.Adam(self.params, lr=lr) if self.params else None
+
+    def step(self, case: Case, targets: Tensor, n: int) -> None:
+        """One step on the mean loss of n tokens, of which this rank has `targets` [m] and the case for them."""
+        if self.adam is None:
+            return
+        self.adam.zero_grad()
+        self.mixer.accumulate_gradients(case, targets, n)
+        self.run.sum_gradients(self.params)
+        self.adam.step()
+
+    def state(self) -> list[Tensor]:
+        moments = [x for slots in self.adam.state.values() for x in slots.values()] if self.adam else []
+        return [*self.params, *moments]
+
+
+CALIBRATION_STEPS, CALIBRATION_LR = 512, 0.03
+
+
+def fit(mixer: nn.Module, lessons: list[tuple[Case, Tensor, int]], run: Run) -> None:
+    """Adam from the start over chunks of text, as often as it takes, at a rate that falls to zero."""
+    fitter = Fitter(mixer, CALIBRATION_LR, run)
+    for step in range(CALIBRATION_STEPS):
+        fitter.adam.param_groups[0]["lr"] = CALIBRATION_LR * (1 - step / CALIBRATION_STEPS)
+        fitter.step(*lessons[step % len(lessons)])
+
+
+def calibrate(model: GPT, mixer: Maxent, c: Config, run: Run) -> float:
+    """Fit the mixer in place on training text that no step has seen; returns the seconds that it took."""
+    clock, text = Clock(run), TrainLoader(c, run).held_out_text(c.mixer_calibration_tokens)
+    mixture, lessons = Mixture(Frozen(run.wrap(model), c, run, c.eval_stride), mixer, c, run), []
+    for start in range(0, len(text) - 1, c.ttt_chunk_tokens):
+        tokens = text[start : start + c.ttt_chunk_tokens + 1]
+        n = len(tokens) - 1
+        rows = run.share(n, mixture.stride)
+        lessons.append((mixture.look(tokens[:-1], rows)[1], tokens[1:][rows], n))
+        mixture.advance(tokens)
+    fit(mixer, lessons, run)
+    run.log(f"mixer_calibration: {len(text) - 1} tokens of held-out training text, {1000 * clock.seconds():.0f}ms")
+    return round(run.max(clock.seconds()), 3)
 
 
 def fingerprint(predictor) -> str:
@@ -1869,14 +2072,14 @@ def fingerprint(predictor) -> str:
     return digest.hexdigest()
 
 
-def make_predictor(stage: str, model: GPT, c: Config, run: Run, tokenizer: Tokenizer):
-    """The predictor of a stage; each starts from the artifact's model."""
+def make_predictor(stage: str, model: GPT, mixer: Maxent, c: Config, run: Run, tokenizer: Tokenizer):
+    """The predictor of a stage; each starts from what the artifact holds."""
     if stage in ("roundtrip", "sliding"):
         return Frozen(run.wrap(model), c, run, c.eval_seq_len if stage == "roundtrip" else c.eval_stride)
     adapting = Adapting(model, c, run, tokenizer)
-    if stage == "ttt" or c.mixer == "none":
+    if stage == "ttt":
         return adapting
-    return Mixture(adapting, NgramCounts(c.vocab_size, c.ngram_discount, run.device), c, run)
+    return Mixture(adapting, mixer if c.mixer == "maxent" else OneTokenTilt(c), c, run)
 
 
 @dataclass(frozen=True)
@@ -1944,8 +2147,8 @@ STAGE_LABELS = {
 }
 
 
-def run_stage(stage: str, model: GPT, stream: Stream, tokenizer: Tokenizer, c: Config, run: Run) -> Score:
-    """Score the stream with one stage's predictor and log the result under the community's label."""
+def run_stage(stage: str, predictor, stream: Stream, c: Config, run: Run) -> Score:
+    """Score the stream with a stage's predictor and log the result under the community's label."""
     chunk_tokens = c.ttt_chunk_tokens if stage in ("ttt", "mixed") else c.val_batch_size
     said = [0.0]
 
@@ -1955,7 +2158,7 @@ def run_stage(stage: str, model: GPT, stream: Stream, tokenizer: Tokenizer, c: C
             bpb = bits_per_byte(nll[:done], stream.token_bytes[:done])
             run.log(f"  {stage}_chunk [{done}/{len(stream)}] bpb={bpb:.4f} time={seconds:.1f}s")
 
-    result = score(make_predictor(stage, model, c, run, tokenizer), stream, chunk_tokens, run, progress)
+    result = score(predictor, stream, chunk_tokens, run, progress)
     label, partial = STAGE_LABELS[stage], "" if stream.whole else f" partial:{len(stream)}_tokens"
     loss, bpb = result.val_loss, result.val_bpb
     run.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * result.seconds:.0f}ms{partial}")
@@ -2055,11 +2258,11 @@ def log_results(record: dict, run: Run) -> None:
     run.log(f"final val_bpb:{record['val_bpb']:.8f} stage:{record['final_stage']} {scope}")
 
 
-def save_artifact(model: GPT, path: Path, c: Config, run: Run, tokenizer: Tokenizer) -> float:
-    """Write the model's artifact on the main rank; returns the seconds that all ranks waited for it."""
+def save_artifact(model: GPT, mixer: Maxent, path: Path, c: Config, run: Run, tokenizer: Tokenizer) -> float:
+    """Write the artifact on the main rank; returns the seconds that all ranks waited for it."""
     clock = Clock(run)
     if run.is_main:
-        write_atomically(path, pack(model, c, tokenizer.sha256))
+        write_atomically(path, pack(model, mixer, c, tokenizer.sha256))
     return round(run.max(clock.seconds()), 3)
 
 
@@ -2077,15 +2280,20 @@ def execute(c: Config, env: dict[str, str], run: Run) -> None:
     if c.phase != "eval":
         model = GPT(c, run.dtype).init_weights(c).to(run.device)
         run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
+        mixer = Maxent(c).to(run.device)
         trained = train(model, c, run, stream)
-        trained["pack_seconds"] = save_artifact(model, path, c, run, tokenizer)
+        with fake_quantized(model, c):
+            trained["calibration_seconds"] = calibrate(model, mixer, c, run)
+        trained["pack_seconds"] = save_artifact(model, mixer, path, c, run, tokenizer)
 
     header, parts = packed or run.broadcast(read_artifact, path)  # from here on, only what the file says counts
     artifact = artifact_record(path, header, tokenizer, run)
     results = {}
     if c.phase != "train":
-        model = unpack(parts, c, run)
-        results = {stage: run_stage(stage, model, stream, tokenizer, c, run) for stage in c.stages}
+        model, mixer = unpack(parts, c, run)
+        for stage in c.stages:
+            predictor = make_predictor(stage, model, mixer, c, run, tokenizer)
+            results[stage] = run_stage(stage, predictor, stream, c, run)
     record = run_record(run_id, c, run, trained, artifact, results, stream)
     write_records(record, results, stream, c, run)
     log_results(record, run)

@@ -69,6 +69,8 @@ TINY = dict(
     ttt_chunk_tokens=256,
     ttt_batch_tokens=128,
     val_batch_size=512,
+    mixer_calibration_tokens=1024,
+    ngram_table_bits=16,
 )
 
 

@@ -22,6 +22,7 @@ from train_gpt import (
     GPT,
     PREFIX,
     InputError,
+    Maxent,
     Run,
     Tokenizer,
     artifact_record,
@@ -60,7 +61,7 @@ def model(c):
 
 @pytest.fixture(scope="module")
 def packed(model, c):
-    return pack(model, c, SHA)
+    return pack(model, Maxent(c), c, SHA)
 
 
 @pytest.fixture
@@ -152,7 +153,7 @@ def test_what_is_quantized_already_stays_as_it_is():
 
 def test_a_packed_model_comes_back_bit_for_bit(model, c, path):
     header, parts = read_artifact(path)
-    restored = dict(unpack(parts, c, Run(c)).named_parameters())
+    restored = dict(unpack(parts, c, Run(c))[0].named_parameters())
     quantized = quantized_parameters(model)
     assert quantized and len(restored) > len(quantized)
     for name, p in model.named_parameters():
@@ -172,11 +173,11 @@ def test_a_packed_model_comes_back_bit_for_bit(model, c, path):
 def test_packing_what_was_unpacked_gives_the_same_function(changes, tiny_config, tmp_path):
     c = tiny_config(**changes)
     tokens = torch.tensor([[1, 5, 300, 7, 1, 9]])
-    (tmp_path / "x").write_bytes(pack(filled(c), c, SHA))
+    (tmp_path / "x").write_bytes(pack(filled(c), Maxent(c), c, SHA))
     header, parts = read_artifact(tmp_path / "x")
     assert as_packed(c, header, {}) == c
     with torch.no_grad():
-        logits = [unpack(parts, c, Run(c))(tokens) for _ in range(2)]
+        logits = [unpack(parts, c, Run(c))[0](tokens) for _ in range(2)]
     assert torch.equal(*logits) and torch.isfinite(logits[0]).all()
 
 
@@ -189,7 +190,7 @@ def test_the_header_says_what_a_reader_must_know(c, path, packed):
 
 
 def test_packing_is_deterministic(model, c, packed):
-    assert pack(model, c, SHA) == packed
+    assert pack(model, Maxent(c), c, SHA) == packed
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -198,7 +199,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(bad, name, c):
     model = filled(c)
     with torch.no_grad():
         dict(model.named_parameters())[name].view(-1)[-1] = bad
-    assert f"weight {name} cannot be stored" in refusal(pack, model, c, SHA)
+    assert f"weight {name} cannot be stored" in refusal(pack, model, Maxent(c), c, SHA)
 
 
 @pytest.mark.parametrize("name", ["blocks.1.attn.q.weight", "tok_emb.weight", "blocks.0.mlp_scale"])
@@ -207,7 +208,7 @@ def test_a_weight_that_float16_cannot_hold_is_refused_by_name(name, c):
     model = filled(c)
     with torch.no_grad():
         dict(model.named_parameters())[name].view(-1)[-1] = 1e9
-    assert name in refusal(pack, model, c, SHA)
+    assert name in refusal(pack, model, Maxent(c), c, SHA)
 
 
 def test_a_fresh_process_computes_the_same_logits(model, c, path, tiny_env, tmp_path):
@@ -219,13 +220,13 @@ env = dict(os.environ)
 header, parts = t.read_artifact(r"{path}")
 c = t.as_packed(t.Config.from_env(env), header, env)
 with torch.no_grad():
-    torch.save(t.unpack(parts, c, t.Run(c))(torch.tensor({tokens.tolist()})), r"{tmp_path / "logits.pt"}")
+    torch.save(t.unpack(parts, c, t.Run(c))[0](torch.tensor({tokens.tolist()})), r"{tmp_path / "logits.pt"}")
 """
     known = c.marked("shape")  # from the file alone
     env = {name: value for name, value in tiny_env().items() if name.lower() not in known}
     subprocess.run([sys.executable, "-c", code], env=env, check=True, cwd=Path(train_gpt.__file__).parent)
     with torch.no_grad():
-        expected = unpack(read_artifact(path)[1], c, Run(c))(tokens)
+        expected = unpack(read_artifact(path)[1], c, Run(c))[0](tokens)
     assert torch.equal(torch.load(tmp_path / "logits.pt"), expected)
 
 
@@ -338,7 +339,7 @@ def tokenizer(c):
 
 @pytest.fixture
 def header(model, c, tokenizer, path):
-    path.write_bytes(pack(model, c, tokenizer.sha256))
+    path.write_bytes(pack(model, Maxent(c), c, tokenizer.sha256))
     return read_artifact(path)[0]
 
 

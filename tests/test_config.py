@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import GPT, PRESETS, Config, InputError
+from train_gpt import GPT, PRESETS, Config, InputError, Maxent
 
 FIELDS = dataclasses.fields(Config)
 SHAPE = [f.name for f in FIELDS if f.metadata["shape"]]
@@ -49,7 +49,7 @@ def test_an_empty_environment_gives_the_declared_defaults():
         ("DEVICE", "tpu", "'auto', 'cpu', 'cuda'"),
         ("DTYPE", "float16", "'auto', 'float32', 'bfloat16'"),
         ("PRESET", "big", "'', 'smoke'"),
-        ("MIXER", "moe", "'hedge', 'none'"),
+        ("MIXER", "moe", "'maxent', 'tilt'"),
         ("TTT_OPTIMIZER", "muon", "'sgd', 'adamw'"),
         ("STAGES", "roundtrip,tt", "'roundtrip', 'sliding', 'ttt', 'mixed'"),
         ("SEED", "-1", "0 to 4294967295"),
@@ -253,6 +253,7 @@ OTHER_SHAPE = dict(
     logit_softcap=1.0,
     tie_embeddings=False,
 )
+OTHER_MIXER_SHAPE = dict(mixer_hidden=8, ngram_orders=(1, 2))
 
 
 def logits_of(c):
@@ -266,10 +267,18 @@ def logits_of(c):
 
 
 def test_the_shape_settings_are_all_covered_below():
-    assert set(OTHER_SHAPE) == set(SHAPE) == set(Config().marked("shape"))
+    assert set(OTHER_SHAPE) | set(OTHER_MIXER_SHAPE) == set(SHAPE) == set(Config().marked("shape"))
 
 
-@pytest.mark.parametrize("name", SHAPE)
+@pytest.mark.parametrize("name", OTHER_MIXER_SHAPE)
+def test_each_shape_setting_of_the_mixer_changes_its_weights_and_not_the_model(name, tiny_config):
+    c, other = tiny_config(), tiny_config(**{name: OTHER_MIXER_SHAPE[name]})
+    before, after = ([p.shape for p in Maxent(config).parameters()] for config in (c, other))
+    assert before != after
+    assert torch.equal(logits_of(c), logits_of(other))
+
+
+@pytest.mark.parametrize("name", OTHER_SHAPE)
 def test_each_shape_setting_changes_the_model(name, tiny_config):
     c, other = tiny_config(), tiny_config(**{name: OTHER_SHAPE[name]})
     before, after = logits_of(c), logits_of(other)

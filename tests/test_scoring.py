@@ -6,10 +6,25 @@ import math
 
 import pytest
 import torch
+from test_mixing import random_maxent
 
 import train_gpt
 from conftest import Alone, build
-from train_gpt import GPT, Adapting, Frozen, InputError, Mixture, Stream, Tokenizer, fingerprint, make_predictor, score
+from train_gpt import (
+    GPT,
+    Adapting,
+    Case,
+    ContextIndex,
+    Frozen,
+    InputError,
+    Maxent,
+    Stream,
+    Tokenizer,
+    calibrate,
+    fingerprint,
+    make_predictor,
+    score,
+)
 
 STAGES = train_gpt.STAGES
 CPU = torch.device("cpu")
@@ -25,7 +40,8 @@ def world(tiny_config):
 
 def predictor_of(stage, world, **overrides):
     config, model, tokenizer, _ = world
-    return make_predictor(stage, model, dataclasses.replace(config, **overrides), Alone(), tokenizer)
+    c = dataclasses.replace(config, **overrides)
+    return make_predictor(stage, model, random_maxent(c).float(), c, Alone(), tokenizer)
 
 
 def chunk_size(stage, config):
@@ -235,29 +251,49 @@ def test_temperature_divides_the_logits(world):
     torch.testing.assert_close(hot.predict(inputs, slice(0, 20)), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_mixture_row_is_the_weighted_sum_of_its_experts(world):
+def test_mixture_rows_are_the_adapting_model_s_tilted_by_the_evidence(world):
+    """Put together again from its parts, over several chunks in which model, index and mixer all move."""
     config, _, _, stream = world
-    mixture = predictor_of("mixed", world)
-    assert isinstance(mixture, Mixture)
-    for chunk in list(stream.chunks(config.ttt_chunk_tokens))[:2]:
-        rows = mixture.predict(chunk.inputs, slice(0, len(chunk.inputs)))
-        experts = torch.stack(mixture.experts(chunk.inputs), 1).double()
-        said = experts.gather(2, chunk.targets.view(-1, 1, 1).expand(-1, experts.shape[1], 1)).squeeze(2)
-        weights = mixture.mixer.weights_along(said)[:-1]
-        expected = (weights.unsqueeze(2) * experts.exp()).sum(1)
-        torch.testing.assert_close(rows.double().exp(), expected, atol=1e-6, rtol=1e-4)
-        mixture.update(chunk.tokens)
-
-
-def test_mixture_contains_the_adapting_model_s_rows_unchanged(world):
-    config, _, _, stream = world
-    alone, mixture = predictor_of("ttt", world), predictor_of("mixed", world)
-    for chunk in stream.chunks(config.ttt_chunk_tokens):
+    c = dataclasses.replace(config, mixer_lr=0.01)
+    mixture, alone, index = (
+        predictor_of("mixed", world, mixer_lr=0.01),
+        predictor_of("ttt", world),
+        ContextIndex(c, CPU),
+    )
+    mixer = random_maxent(c).float()
+    adam = torch.optim.Adam(mixer.parameters(), lr=0.01)
+    for chunk in list(stream.chunks(config.ttt_chunk_tokens))[:4]:
         rows = slice(0, len(chunk.inputs))
-        mixture.predict(chunk.inputs, rows)
-        assert torch.equal(mixture.experts(chunk.inputs)[0], alone.predict(chunk.inputs, rows))
-        mixture.update(chunk.tokens)
-        alone.update(chunk.tokens)
+        logp = alone.predict(chunk.inputs, rows)
+        case = Case.of(logp, index.evidence(chunk.inputs, rows))
+        expected = case.tilted(logp, mixer.bias(case))
+        torch.testing.assert_close(mixture.predict(chunk.inputs, rows), expected.detach(), atol=1e-4, rtol=1e-4)
+        adam.zero_grad()
+        (-expected.gather(1, chunk.targets.unsqueeze(1)).mean()).backward()
+        adam.step()
+        for part in (mixture, alone, index):
+            part.update(chunk.tokens)
+
+
+def test_the_one_token_tilt_needs_no_weights(world):
+    config, _, _, stream = world
+    mixture = predictor_of("mixed", world, mixer="tilt")
+    assert not mixture.fitter.params
+    rows = rows_of(mixture, stream, config.ttt_chunk_tokens)
+    assert (rows.double().exp().sum(1) - 1).abs().max() < 1e-5
+
+
+def test_calibration_fits_the_mixer_on_held_out_training_text(world):
+    config, model, tokenizer, stream = world
+    mixer = Maxent(config)
+    before = copy.deepcopy(model.state_dict())
+    calibrate(model, mixer, config, Alone())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    fitted, new = (
+        score(make_predictor("mixed", model, m, config, Alone(), tokenizer), stream, config.ttt_chunk_tokens, Alone())
+        for m in (mixer, Maxent(config))
+    )
+    assert fitted.val_bpb < new.val_bpb - 0.05
 
 
 def test_what_predict_is_asked_leaves_no_trace(world):

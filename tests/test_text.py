@@ -261,6 +261,9 @@ def test_every_span_comes_once_before_any_comes_twice(counting):
     n = loader.n
     expected, held_out = every[:n], loader.held_out_batch()[:, 0].tolist()
     assert held_out == every[n:] and len(held_out) == len(every) // 10
+    text = loader.held_out_text(1000).tolist()
+    assert text == [token for start in every[n:] for token in range(start, start + 32)]
+    assert loader.held_out_text(50).tolist() == text[:50]
     for first in (0, 1, n, 5 * n + 3):
         starts = [int(loader.sequence(i)[0]) for i in range(first, first + n)]
         assert sorted(starts) == expected

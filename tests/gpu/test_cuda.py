@@ -77,6 +77,7 @@ def test_scores_on_the_gpu_follow_the_cpu(tiny_config, stage):
             model.dtype = torch.bfloat16
         else:
             run.compiles = False
-        predictor = train_gpt.make_predictor(stage, model.to(run.device), c, run, tokenizer)
+        mixer = train_gpt.Maxent(c).to(run.device)
+        predictor = train_gpt.make_predictor(stage, model.to(run.device), mixer, c, run, tokenizer)
         found.append(train_gpt.score(predictor, stream, c.ttt_chunk_tokens, run).val_bpb)
     assert abs(found[0] - found[1]) < 0.02 * found[0]

@@ -1,0 +1,448 @@
+"""Measurements of train_gpt.py. Each prints a table; nothing here counts against the cap.
+
+python tools/bench.py mixer --data D              # the index and the mixture alone: tokens/s and bytes by length
+python tools/bench.py worth --artifact A --data D  # what each mixer and each source of evidence gains
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_gpt
+from train_gpt import Case, Config, ContextIndex, Evidence, Fitter, Frozen, InputError, Maxent, OneTokenTilt, Run
+
+# ======================================================================================================================
+# mixer: how fast the index and the mixture are, and how large, as the stream grows.
+# ======================================================================================================================
+
+
+def training_tokens(c: Config, n_tokens: int) -> np.ndarray:
+    """The first n_tokens of the training shards, to fill the index with real text. Raises InputError if too few."""
+    shards = [train_gpt.read_shard(path) for path in train_gpt.find_shards(c, "train")]
+    if sum(map(len, shards)) < n_tokens:
+        raise InputError(f"--millions={n_tokens / 1e6}: {c.data_path} has {sum(map(len, shards)) / 1e6:.1f}")
+    return np.concatenate(shards)[:n_tokens]
+
+
+@torch.no_grad()
+def bench_mixer(args, run: Run) -> None:
+    """One pass over the stream; at each length, the rate since the last one and the memory of the index."""
+    orders = tuple(map(int, args.orders.split(",")))
+    c = Config(data_path=args.data, vocab_size=args.vocab_size, ngram_orders=orders, ngram_table_bits=args.table_bits)
+    marks = [round(1e6 * float(m)) for m in args.millions.split(",")]
+    stream = training_tokens(c, marks[-1] + 1)
+    generator = torch.Generator().manual_seed(0)
+    logits = 2 * torch.randn(args.chunk, c.vocab_size, generator=generator)
+    logp = logits.log_softmax(-1).to(run.device)  # stands in for the neural rows, whose cost is not measured here
+    fitter = Fitter(Maxent(c).to(run.device), c.mixer_lr, run)
+    index, parts = ContextIndex(c, run.device), dict.fromkeys(("index", "case", "mix", "learn"), 0.0)
+    run.log(f"# {run.hardware()}; orders {orders}, chunks of {args.chunk}, {c.vocab_size} tokens of vocabulary")
+    run.log("tokens     seconds  tokens/s  tokens/s here   index bytes  entries/row " + "  ".join(parts))
+    began, last, entries = time.perf_counter(), (0, 0.0), 0
+
+    def timed(part: str, make, *arguments):
+        started = time.perf_counter()
+        result = make(*arguments)
+        run.synchronize()
+        parts[part] += time.perf_counter() - started
+        return result
+
+    for start in range(0, marks[-1], args.chunk):
+        tokens = torch.from_numpy(stream[start : start + args.chunk + 1].astype(np.int64)).to(run.device)
+        n = len(tokens) - 1
+        rows = run.share(n)
+        mine = logp[: rows.stop - rows.start]
+        evidence = timed("index", index.evidence, tokens[:-1], rows)
+        case = timed("case", Case.of, mine, evidence)
+        timed("mix", lambda case=case, mine=mine: case.tilted(mine, fitter.mixer.bias(case)))
+        if args.learn:
+            timed("learn", fitter.step, case, tokens[1:][rows], n)
+        timed("index", index.update, tokens)
+        entries += len(case.logp)
+        done = start + n
+        if done >= marks[0]:
+            marks.pop(0)
+            seconds = run.max(time.perf_counter() - began)
+            here = (done - last[0]) / (seconds - last[1])
+            shares = "  ".join(f"{seconds:.1f}" for seconds in parts.values())
+            run.log(
+                f"{done:<10} {seconds:7.1f} {done / seconds:9.0f} {here:14.0f} {index.memory_bytes():13}"
+                f" {entries * run.world_size / done:12.1f} {shares}"
+            )
+            last = done, seconds
+
+
+# ======================================================================================================================
+# worth: one neural pass over the stream, and on its rows every mixer, alone and with parts of the evidence left out.
+# ======================================================================================================================
+
+
+def masked(evidence: Evidence, keep: Tensor) -> Evidence:
+    """The evidence of some (document, order) columns only; keep: bool [2, orders]."""
+    counts, totals = evidence.counts * keep, evidence.totals * keep
+    left = counts.flatten(1).amax(1) > 0
+    return Evidence(evidence.row[left], evidence.token[left], counts[left], totals)
+
+
+class DistantIndex(ContextIndex):
+    """Knows only what lies more than `lag` tokens back, as if the model's own context covered all that is nearer."""
+
+    def __init__(self, c: Config, device: torch.device, lag: int):
+        super().__init__(dataclasses.replace(c, ngram_depth=4 * c.ngram_depth), device)  # nearer ones take places too
+        self.lag = lag
+
+    def occurrences(self, rows: slice):
+        position = torch.arange(self.seen + rows.start, self.seen + rows.stop, device=self.tokens.device)
+        for at in super().occurrences(rows):
+            yield torch.where(position - at > self.lag, at, -1)
+
+
+class Contender:
+    """A mixer in the table: `rows` gives its log-probabilities [m, V] for a chunk, `learn` comes after its score."""
+
+    def prepare(self, lessons: list) -> None:
+        """Fit on held-out training text: (neural rows, evidence, targets) a chunk."""
+
+    def learn(self, logp: Tensor, evidence: Evidence, targets: Tensor) -> None:
+        """Learn from a scored chunk."""
+
+
+class Tilted(Contender):
+    """A mixer of train_gpt on a part of the evidence."""
+
+    def __init__(self, c: Config, run: Run, mixer: nn.Module, keep=None, fit=True, lr=None, lag=0):
+        self.c, self.run, self.keep, self.fit, self.lag = c, run, keep, fit, lag
+        self.fitter = Fitter(copy.deepcopy(mixer), c.mixer_lr if lr is None else lr, run)
+
+    def case(self, logp: Tensor, evidence: Evidence) -> Case:
+        return Case.of(logp, evidence if self.keep is None else masked(evidence, self.keep))
+
+    def prepare(self, lessons: list) -> None:
+        if self.fit and self.fitter.params:
+            cases = [(self.case(logp, evidence), targets, len(targets)) for logp, evidence, targets in lessons]
+            train_gpt.fit(self.fitter.mixer, cases, self.run)
+
+    def rows(self, logp: Tensor, evidence: Evidence) -> Tensor:
+        case = self.case(logp, evidence)
+        return case.tilted(logp, self.fitter.mixer.bias(case))
+
+    def learn(self, logp: Tensor, evidence: Evidence, targets: Tensor) -> None:
+        if self.fitter.adam and self.fitter.adam.param_groups[0]["lr"]:
+            self.fitter.step(self.case(logp, evidence), targets, len(targets))
+
+
+def discounted(base: Tensor, evidence: Evidence, sides: slice, orders: list[int], discount: float = 0.75) -> Tensor:
+    """Interpolated absolute discounting of the evidence's counts over `base` [m, V]: probabilities [m, V]."""
+    found = base
+    for k in orders:
+        counts, totals = evidence.counts[:, sides, k].sum(1).float(), evidence.totals[:, sides, k].sum(1).float()
+        distinct = torch.zeros_like(totals).index_add_(0, evidence.row, (counts > 0).float())
+        left = torch.where(totals > 0, discount * distinct / totals.clamp(min=1), 1.0)
+        share = (counts - discount).clamp(min=0) / totals[evidence.row].clamp(min=1)
+        found = (found * left.unsqueeze(1)).index_put((evidence.row, evidence.token), share, accumulate=True)
+    return found
+
+
+class Experts:
+    """Dense rows for the linear mixers: the published experts, each a distribution over the whole vocabulary."""
+
+    NAMES = ("neural", "flattened", "unigram", "discounting", "document", "longest match", "highest order")
+
+    def __init__(self, c: Config):
+        self.orders, self.counts = sorted(c.ngram_orders), torch.ones(c.vocab_size)
+
+    def rows(self, logp: Tensor, evidence: Evidence) -> tuple[Tensor, Tensor]:
+        """Probabilities [experts, m, V], and the order [m] that the highest-order expert found (0 = none)."""
+        unigram = (self.counts / self.counts.sum()).expand_as(logp)
+        low = [k for k, order in enumerate(self.orders) if 2 <= order <= 8]
+        both = discounted(unigram, evidence, slice(0, 2), low)
+        document = discounted(both, evidence, slice(0, 1), [k for k, order in enumerate(self.orders) if order <= 4])
+        totals = evidence.totals.sum(1)
+        longest = self.at_order(both, evidence, (totals > 0), range(len(self.orders)))
+        usable = [k for k, order in enumerate(self.orders) if 2 <= order <= 10]
+        highest = self.at_order(both, evidence, (totals > 1), usable)
+        order = (torch.tensor(self.orders)[usable] * (totals[:, usable] > 1)).amax(1)
+        flat = (0.5 * logp).softmax(-1)
+        return torch.stack([logp.exp(), flat, unigram, both, document, longest, highest]), order
+
+    @staticmethod
+    def at_order(base: Tensor, evidence: Evidence, known: Tensor, orders) -> Tensor:
+        """The shares at the longest of the `orders` that is `known` [m, orders]; `base` where none is."""
+        rank = torch.arange(known.shape[1]).expand_as(known)
+        allowed = torch.zeros(known.shape[1], dtype=torch.bool)
+        allowed[list(orders)] = True
+        best = torch.where(known & allowed, rank, -1).amax(1)
+        at = best.clamp(min=0)[evidence.row]
+        counts = evidence.counts.sum(1).gather(1, at.unsqueeze(1)).squeeze(1).float()
+        totals = evidence.totals.sum(1)[evidence.row].gather(1, at.unsqueeze(1)).squeeze(1).float()
+        found = base * (best < 0).float().unsqueeze(1)
+        share = torch.where(best[evidence.row] >= 0, counts / totals.clamp(min=1), 0.0)
+        return found.index_put((evidence.row, evidence.token), share, accumulate=True)
+
+    def learn(self, targets: Tensor) -> None:
+        self.counts += torch.bincount(targets, minlength=len(self.counts))
+
+
+def entropy(logp: Tensor) -> Tensor:
+    return -(logp.exp() * logp).sum(1)
+
+
+def published_alpha(logp: Tensor, order: Tensor) -> Tensor:
+    """Weight of the n-gram rows by the neural entropy alone (PR #803)."""
+    return torch.where(order > 0, 0.20 + 0.55 * torch.sigmoid(2 * (entropy(logp) - 3.0)), 0.0)
+
+
+def published_alpha_by_order(logp: Tensor, order: Tensor) -> Tensor:
+    """The same with a centre an order (PR #825)."""
+    centres = torch.full((65,), 4.0)
+    centres[[7, 6, 5, 4, 3, 2]] = torch.tensor([3.0, 3.2, 3.5, 3.8, 4.2, 4.5])
+    return torch.where(order > 0, 0.05 + 0.55 * torch.sigmoid(2 * (entropy(logp) - centres[order])), 0.0)
+
+
+class LinearMixers:
+    """Every mixer that is a weighted sum of the dense experts; they share the experts' rows.
+
+    Given the experts' probabilities of what came, [E, m], each takes its weights from the past alone: `before` [m, E].
+    """
+
+    def __init__(self, c: Config):
+        self.c, self.experts = c, Experts(c)
+        names = Experts.NAMES
+        self.gates = {f"gated, without {name}": Gate(c, [n for n in names if n != name]) for name in names[1:]}
+        self.gates["gated, all experts"] = Gate(c, list(names))
+        self.gates["gated, neural and discounting"] = Gate(c, ["neural", "discounting"])
+        self.hedges = {"hedge, eta 1": FixedShare(len(names), 0.0), "hedge, share 0.02": FixedShare(len(names), 0.02)}
+
+    def prepare(self, lessons: list) -> None:
+        taught = []
+        for logp, evidence, targets in lessons:
+            p = self.experts.rows(logp, evidence)[0].gather(2, targets.expand(7, -1).unsqueeze(2)).squeeze(2)
+            taught.append((Gate.features(Case.of(logp, evidence)), p))
+            self.experts.learn(targets)
+        for gate in self.gates.values():
+            gate.prepare(taught)
+        self.experts = Experts(self.c)
+
+    def score(self, logp: Tensor, evidence: Evidence, targets: Tensor) -> dict[str, Tensor]:
+        """Nats of each position by mixer; learns afterwards. The rows are whole before the target is looked at."""
+        rows, order = self.experts.rows(logp, evidence)
+        self.sum_error = max((rows.double().sum(2) - 1).abs().max().item(), getattr(self, "sum_error", 0.0))
+        features = Gate.features(Case.of(logp, evidence))
+        weights = {name: gate.weights(features) for name, gate in self.gates.items()}
+        p = rows.gather(2, targets.expand(len(rows), -1).unsqueeze(2)).squeeze(2)  # here the targets come in
+        found = {f"{name} alone": p[e] for e, name in enumerate(Experts.NAMES) if name not in ("neural", "flattened")}
+        ngram = p[Experts.NAMES.index("highest order")]
+        for name, alpha in (
+            ("backoff, entropy", published_alpha),
+            ("backoff, entropy and order", published_alpha_by_order),
+        ):
+            found[name] = p[0].lerp(ngram, alpha(logp, order))
+        for name, gate in self.gates.items():
+            found[name] = (weights[name].T * p[gate.columns]).sum(0)
+            gate.learn(features, p)
+        for name, hedge in self.hedges.items():
+            found[name] = hedge.run(p)
+        self.experts.learn(targets)
+        return {name: -x.double().clamp(min=1e-30).log() for name, x in found.items()}
+
+
+class FixedShare:
+    """Hedge over E experts with learning rate 1, Bayes' rule, and a share (Herbster & Warmuth 1998); token by token."""
+
+    def __init__(self, n: int, share: float):
+        self.w, self.share = np.full(n, 1.0 / n), share
+
+    def run(self, p: Tensor) -> Tensor:
+        found, gains = [], p.double().T.numpy()
+        for gain in gains:
+            found.append(self.w @ gain)
+            w = self.w * gain
+            self.w = (1 - self.share) * w / w.sum() + self.share / len(w)
+        return torch.tensor(found)
+
+
+class Gate(nn.Module):
+    """Linear mixture whose weights are a softmax of linear functions of what is known before the token."""
+
+    def __init__(self, c: Config, names: list[str]):
+        super().__init__()
+        self.columns = [Experts.NAMES.index(name) for name in names]
+        self.map = nn.Linear(2 * (2 * len(c.ngram_orders)) + 2, len(names))
+        nn.init.zeros_(self.map.weight)
+        with torch.no_grad():
+            self.map.bias.copy_(torch.tensor([0.0] + [-3.0] * (len(names) - 1)))
+        self.adam = torch.optim.Adam(self.parameters(), lr=0.02)
+
+    @staticmethod
+    def features(case: Case) -> Tensor:
+        """Of each row: the neural entropy and top; for each order and side the occurrences and the top share."""
+        totals, e = case.evidence.totals.float().flatten(1), case.evidence
+        share = e.counts.float().flatten(1) / totals[e.row].clamp(min=1)
+        top = torch.zeros_like(totals).scatter_reduce_(0, e.row.unsqueeze(1).expand_as(share), share, "amax")
+        return torch.cat([0.25 * torch.stack([case.entropy, case.top], 1), 0.4 * totals.log1p(), top], dim=1)
+
+    @torch.no_grad()
+    def weights(self, features: Tensor) -> Tensor:
+        return self.map(features).softmax(-1)
+
+    @torch.enable_grad()
+    def step(self, features: Tensor, p: Tensor) -> None:
+        loss = -(self.map(features).log_softmax(-1) + p[self.columns].T.clamp(min=1e-30).log()).logsumexp(1).mean()
+        self.adam.zero_grad()
+        loss.backward()
+        self.adam.step()
+
+    def prepare(self, taught: list) -> None:
+        for step in range(train_gpt.CALIBRATION_STEPS):
+            self.step(*taught[step % len(taught)])
+        self.adam.param_groups[0]["lr"] = 0.002
+
+    def learn(self, features: Tensor, p: Tensor) -> None:
+        self.step(features, p)
+
+
+def contenders(c: Config, run: Run, fitted: Maxent) -> dict[str, Contender]:
+    """The tilts of the table: the baseline, the default, and the default with parts left out, each fitted anew."""
+    orders, both = torch.tensor(sorted(c.ngram_orders)), torch.ones(2, len(c.ngram_orders), dtype=torch.bool)
+    document = torch.tensor([[True], [False]])
+    parts = {
+        "without this document": both & ~document,
+        "without earlier documents": both & document,
+        "without orders over 4": both & (orders <= 4),
+        "orders over 8 alone": both & (orders > 8),
+    }
+    return {
+        "tilt (published)": Tilted(c, run, OneTokenTilt(c)),
+        "maxent (the artifact's)": Tilted(c, run, fitted, fit=False),
+        "maxent, weights then fixed": Tilted(c, run, fitted, fit=False, lr=0.0),
+        "maxent, not fitted before": Tilted(c, run, Maxent(c), fit=False, lr=0.01),
+        **{f"maxent, {name}": Tilted(c, run, Maxent(c), keep) for name, keep in parts.items()},
+    }
+
+
+def held_out_rows(model, c: Config, run: Run) -> list[tuple[Tensor, Tensor]]:
+    """(tokens [n + 1], neural rows [n, V]) of each chunk of the held-out training text."""
+    text = train_gpt.TrainLoader(c, run).held_out_text(c.mixer_calibration_tokens)
+    neural, found = Frozen(model, c, run, c.eval_stride), []
+    for start in range(0, len(text) - 1, c.ttt_chunk_tokens):
+        tokens = text[start : start + c.ttt_chunk_tokens + 1]
+        found.append((tokens, neural.predict(tokens[:-1], slice(0, len(tokens) - 1))))
+        neural.update(tokens)
+    return found
+
+
+def with_evidence(taught: list[tuple[Tensor, Tensor]], index: ContextIndex):
+    """Lessons (neural rows, evidence, targets), the index starting where the text does."""
+    for tokens, logp in taught:
+        yield logp, index.evidence(tokens[:-1], slice(0, len(logp))), tokens[1:]
+        index.update(tokens)
+
+
+def bench_worth(args, run: Run) -> None:
+    """The table, for one artifact and one stream."""
+    env = dict(PHASE="eval", ARTIFACT_PATH=args.artifact, DATA_PATH=args.data, VAL_TOKENS=str(args.val_tokens))
+    header, parts = train_gpt.read_artifact(args.artifact)
+    c = train_gpt.as_packed(Config.from_env(env), header, env)
+    c = dataclasses.replace(c, mixer_calibration_tokens=args.lesson_tokens)
+    tokenizer = train_gpt.Tokenizer(c)
+    stream = train_gpt.Stream(c, run.device, tokenizer)
+    model, fitted = train_gpt.unpack(parts, c, run)
+    neural = train_gpt.make_predictor(args.stage, model, fitted, c, run, tokenizer)
+    tilts, linear, indices = contenders(c, run, fitted), LinearMixers(c), {0: ContextIndex(c, run.device)}
+    taught = held_out_rows(model, dataclasses.replace(c, data_path=args.lessons or args.data), run)
+    lessons = list(with_evidence(taught, ContextIndex(c, run.device)))
+    with torch.no_grad():
+        linear.prepare(lessons)
+    for tilt in tilts.values():
+        tilt.prepare(lessons)
+    for lag in args.lags:
+        indices[lag] = DistantIndex(c, run.device, lag)
+        name = f"maxent, only beyond {lag} tokens"
+        tilts[name] = Tilted(c, run, Maxent(c), lag=lag)
+        tilts[name].prepare(list(with_evidence(taught, DistantIndex(c, run.device, lag))))
+    del lessons, taught
+    nats: dict[str, list[Tensor]] = {}
+    for chunk in stream.chunks(c.ttt_chunk_tokens):
+        rows, column = slice(0, len(chunk.inputs)), chunk.targets.unsqueeze(1)
+        logp = neural.predict(chunk.inputs, rows)
+        seen = {lag: index.evidence(chunk.inputs, rows) for lag, index in indices.items()}
+        with torch.no_grad():
+            found = linear.score(logp, seen[0], chunk.targets)
+            found["neural"] = -logp.gather(1, column).squeeze(1)
+            for name, tilt in tilts.items():
+                found[name] = -tilt.rows(logp, seen[tilt.lag]).gather(1, column).squeeze(1)
+        for tilt in tilts.values():
+            tilt.learn(logp, seen[tilt.lag], chunk.targets)
+        for name, x in found.items():
+            nats.setdefault(name, []).append(x.double())
+        for part in (neural, *indices.values()):
+            part.update(chunk.tokens)
+        if args.progress and chunk.start // c.ttt_chunk_tokens % 20 == 0:
+            print(f"  {chunk.start + len(column)}/{len(stream)}", file=sys.stderr, flush=True)
+    report({name: torch.cat(x) for name, x in nats.items()}, stream, args, run)
+    run.log(f"largest |row sum - 1| of a linear mixer's experts: {linear.sum_error:.1e}")
+
+
+def report(nats: dict[str, Tensor], stream, args, run: Run) -> None:
+    """Bits per byte of every row of the table and its change from the neural rows, over all and along the stream."""
+    part = "whole stream" if stream.whole else f"PARTIAL: first {len(stream)} tokens"
+    names = f"{Path(args.artifact).name} on {Path(args.data).name}"
+    run.log(f"# {names}, {stream.documents} documents, {part}, stage {args.stage}")
+    run.log(f"{'mixer':<36} {'val_bpb':>8} {'change':>8}  first third  last third")
+    third, base = len(stream) // 3, nats.pop("neural")
+    for name, x in [("neural", base), *sorted(nats.items(), key=lambda item: -item[1].sum())]:
+        change = [
+            train_gpt.bits_per_byte((x - base)[span], stream.token_bytes[span])
+            for span in (slice(None), slice(0, third), slice(2 * third, None))
+        ]
+        bpb = train_gpt.bits_per_byte(x, stream.token_bytes)
+        run.log(f"{name:<36} {bpb:8.4f} {change[0]:+8.4f}     {change[1]:+8.4f}    {change[2]:+8.4f}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    mixer = commands.add_parser("mixer", help="tokens per second and memory of the index and the mixture")
+    mixer.add_argument("--data", required=True, metavar="DIR", help="shards; the training ones are read")
+    mixer.add_argument(
+        "--millions", default="1,4,16,62", help="lengths of the stream in millions of tokens [1,4,16,62]"
+    )
+    mixer.add_argument("--orders", default=train_gpt.show(Config.ngram_orders), help="contexts of these lengths")
+    mixer.add_argument("--chunk", type=int, default=Config.ttt_chunk_tokens, help="tokens a chunk [32768]")
+    mixer.add_argument("--vocab-size", type=int, default=Config.vocab_size, help="[1024]")
+    mixer.add_argument("--table-bits", type=int, default=Config.ngram_table_bits, help="[25]")
+    mixer.add_argument("--no-learn", dest="learn", action="store_false", help="leave out the step after each chunk")
+    worth = commands.add_parser("worth", help="what each mixer gains on an artifact and a stream")
+    worth.add_argument("--artifact", required=True, metavar="FILE")
+    worth.add_argument("--data", required=True, metavar="DIR", help="shards; the validation stream is scored")
+    worth.add_argument("--lessons", metavar="DIR", help="shards whose held-out text the mixers are fitted on [--data]")
+    worth.add_argument("--val-tokens", type=int, default=0, help="score only the first of them")
+    worth.add_argument("--stage", choices=("sliding", "ttt"), default="ttt", help="the neural predictor [ttt]")
+    worth.add_argument(
+        "--lags", type=lambda text: [int(x) for x in text.split(",") if x], default=[2048], help="[2048]"
+    )
+    worth.add_argument("--lesson-tokens", type=int, default=65536, help="of training text to fit on [65536]")
+    worth.add_argument("--progress", action="store_true", help="say on standard error how far it is")
+    args = parser.parse_args()
+    try:
+        run = Run(Config())
+        {"mixer": bench_mixer, "worth": bench_worth}[args.command](args, run)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    run.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
