@@ -1638,7 +1638,8 @@ class ContextIndex:
         self.latest = torch.zeros(1 << c.ngram_table_bits, dtype=torch.int64, device=device)  # position + 1, hash bits
         self.tokens = torch.zeros(1, dtype=torch.int32, device=device)
         self.links = torch.zeros(len(self.orders), 1, dtype=torch.int32, device=device)  # position + 1; 0 = none
-        self.ahead: Tensor | None = None  # the inputs that stand behind position `seen`, not yet part of the state
+        # The inputs that stand behind position `seen`, not yet part of the state, and their hashes.
+        self.ahead: tuple[Tensor, Tensor] | None = None
 
     def place(self, position: Tensor) -> Tensor:
         """Where a position is kept: the arrays are rings that double until they hold the reach."""
@@ -1670,7 +1671,7 @@ class ContextIndex:
 
     def look_ahead(self, inputs: Tensor) -> None:
         """Link the chunk that follows, behind the end of what is state."""
-        if self.ahead is not None and torch.equal(self.ahead, inputs):
+        if self.ahead is not None and torch.equal(self.ahead[0], inputs):
             return
         n = len(inputs)
         while len(self.tokens) < min(self.seen, self.c.ngram_reach_tokens) + n:
@@ -1678,8 +1679,9 @@ class ContextIndex:
             self.links = torch.cat([self.links, torch.zeros_like(self.links)], dim=1)
         position = torch.arange(self.seen, self.seen + n, device=inputs.device)
         self.tokens[self.place(position)] = inputs.int()
-        self.links[:, self.place(position)] = self.link(self.hashes(inputs)).int()
-        self.ahead = inputs
+        hashes = self.hashes(inputs)
+        self.links[:, self.place(position)] = self.link(hashes).int()
+        self.ahead = inputs, hashes
 
     def document_starts(self, inputs: Tensor) -> Tensor:
         """The position of the BOS before each input of the chunk that follows: int64 [n]."""
@@ -1728,7 +1730,7 @@ class ContextIndex:
         """Take in a scored chunk: tokens [n + 1], its inputs and its last target."""
         inputs = tokens[:-1]
         self.look_ahead(inputs)
-        hashes, n = self.hashes(inputs), len(inputs)
+        hashes, n = self.ahead[1], len(inputs)
         position = torch.arange(self.seen + 1, self.seen + n + 1, device=inputs.device)
         entry = (position << 32) | ((hashes >> 32) & self.CHECK)
         self.latest.scatter_reduce_(0, self.slots(hashes).flatten(), entry.flatten(), "amax")
@@ -1756,14 +1758,11 @@ class Case:
     """Evidence beside what the neural rows say: all that the bias of a token may depend on."""
 
     evidence: Evidence
-    logp: Tensor  # of each entry's token, float32 [entries]
-    entropy: Tensor  # of each row, nats [m]
-    top: Tensor  # largest log-probability of each row [m]
+    logp: Tensor  # the neural log-probability of each entry's token, float32 [entries]
 
     @classmethod
     def of(cls, logp: Tensor, evidence: Evidence) -> Case:
-        at = logp[evidence.row, evidence.token]
-        return cls(evidence, at, -(logp.exp() * logp).sum(1), logp.amax(1))
+        return cls(evidence, logp[evidence.row, evidence.token])
 
     def tilted(self, logp: Tensor, bias: Tensor) -> Tensor:
         """p'(a) = p(a) e^b(a) / Z for the evidence's tokens and p(a) / Z for all others: [m, V] log-probabilities."""
@@ -1772,7 +1771,7 @@ class Case:
     def expected(self, bias: Tensor) -> Tensor:
         """p'(a) of each entry by the sparse sum Z = 1 + sum p(a) (e^b(a) - 1), float64 and in a fixed order."""
         p, bias = self.logp.double().exp(), bias.double()
-        entries = torch.bincount(self.evidence.row, minlength=len(self.entropy))
+        entries = torch.bincount(self.evidence.row, minlength=len(self.evidence.totals))
         z = 1 + torch.segment_reduce(p * bias.expm1(), "sum", lengths=entries, initial=0.0)
         return (p * bias.exp() / z[self.evidence.row]).to(self.logp)
 
@@ -1789,7 +1788,7 @@ class Maxent(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.hidden = nn.Linear(6 * len(c.ngram_orders) + 3, c.mixer_hidden)
+        self.hidden = nn.Linear(6 * len(c.ngram_orders) + 1, c.mixer_hidden)
         self.out = nn.Linear(c.mixer_hidden, 1)
         bound, generator = self.hidden.in_features**-0.5, torch.Generator().manual_seed(c.seed)
         for p, limit in zip(self.parameters(), (bound, bound, 0.0, 0.0), strict=True):
@@ -1797,18 +1796,16 @@ class Maxent(nn.Module):
 
     @staticmethod
     def features(case: Case, block: slice) -> Tensor:
-        """What is known of a block of entries: [entries, 6 orders + 3].
+        """What is known of a block of entries: [entries, 6 orders + 1].
 
         For each order, over all documents and in this one: the token's share of the occurrences, the logarithm of its
-        count, and whether the context occurred at all; then the neural logarithms of the token, the row's entropy and
-        its top.
+        count, and whether the context occurred at all; and the token's neural log-probability.
         """
         row = case.evidence.row[block]
         counts, totals = case.evidence.counts[block].to(case.logp), case.evidence.totals[row].to(case.logp)
         counts, totals = (torch.stack([x.sum(1), x[:, 0]], dim=1) for x in (counts, totals))
         known = torch.stack([counts / (totals + 0.5), 0.5 * counts.log1p(), (totals > 0).to(counts)], dim=1)
-        neural = torch.stack([case.logp[block], case.entropy[row], case.top[row]], dim=1)
-        return torch.cat([known.flatten(1), 0.25 * neural], dim=1)
+        return torch.cat([known.flatten(1), 0.25 * case.logp[block].unsqueeze(1)], dim=1)
 
     def bias(self, case: Case) -> Tensor:
         """b(a) of each entry, nats."""
@@ -2106,7 +2103,7 @@ def bits_per_byte(nll_nats: Tensor, token_bytes: Tensor) -> float:
     return nll_nats.sum().item() / math.log(2) / max(1, int(token_bytes.sum()))
 
 
-SUM_TOLERANCE = 1e-4  # of a row in float32; what passes lie near is 1e-6
+SUM_TOLERANCE = 1e-5  # of a row in float32; what passes lie near is 1e-6
 
 
 def score(predictor, stream: Stream, chunk_tokens: int, run: Run, progress=None) -> Score:
@@ -2121,7 +2118,8 @@ def score(predictor, stream: Stream, chunk_tokens: int, run: Run, progress=None)
         nll[chunk.start : chunk.start + n] = run.gather(nats.double(), rows, n).cpu()
         worst = max(worst, run.max(row_sum_error(logp)))
         if worst > SUM_TOLERANCE:
-            raise InputError(f"scoring: by position {chunk.start + n} a row's sum is off by {worst}; allowed is 1e-4")
+            where = f"scoring: by position {chunk.start + n}"
+            raise InputError(f"{where} a row's sum is off by {worst}; allowed is {SUM_TOLERANCE}")
         if not chunk.is_last:
             predictor.update(chunk.tokens)
         if progress:

@@ -38,8 +38,7 @@ def slow_bias(mixer, logp, row_of_counts, token):
     features += [c / (t + 0.5) for i in range(2) for c, t in zip(count[i], total[i], strict=True)]
     features += [0.5 * math.log(1 + c) for i in range(2) for c in count[i]]
     features += [float(t > 0) for i in range(2) for t in total[i]]
-    entropy = -sum(math.exp(x) * x for x in logp)
-    features += [0.25 * logp[token], 0.25 * entropy, 0.25 * max(logp)]
+    features += [0.25 * logp[token]]
     hidden = []
     for weights, bias in zip(mixer.hidden.weight.tolist(), mixer.hidden.bias.tolist(), strict=True):
         x = sum(w * f for w, f in zip(weights, features, strict=True)) + bias

@@ -107,17 +107,7 @@ class DistantIndex(ContextIndex):
             yield torch.where(position - at > self.lag, at, -1)
 
 
-class Contender:
-    """A mixer in the table: `rows` gives its log-probabilities [m, V] for a chunk, `learn` comes after its score."""
-
-    def prepare(self, lessons: list) -> None:
-        """Fit on held-out training text: (neural rows, evidence, targets) a chunk."""
-
-    def learn(self, logp: Tensor, evidence: Evidence, targets: Tensor) -> None:
-        """Learn from a scored chunk."""
-
-
-class Tilted(Contender):
+class Tilted:
     """A mixer of train_gpt on a part of the evidence."""
 
     def __init__(self, c: Config, run: Run, mixer: nn.Module, keep=None, fit=True, lr=None, lag=0):
@@ -128,10 +118,12 @@ class Tilted(Contender):
         return Case.of(logp, evidence if self.keep is None else masked(evidence, self.keep))
 
     def prepare(self, lessons: list) -> None:
+        """Fit on held-out training text: (neural rows, evidence, targets) a chunk."""
         if self.fit and self.fitter.params:
             cases = [(self.case(logp, evidence), targets, len(targets)) for logp, evidence, targets in lessons]
             train_gpt.fit(self.fitter.mixer, cases, self.run)
 
+    @torch.no_grad()
     def rows(self, logp: Tensor, evidence: Evidence) -> Tensor:
         case = self.case(logp, evidence)
         return case.tilted(logp, self.fitter.mixer.bias(case))
@@ -218,28 +210,41 @@ class LinearMixers:
     def __init__(self, c: Config):
         self.c, self.experts = c, Experts(c)
         names = Experts.NAMES
-        self.gates = {f"gated, without {name}": Gate(c, [n for n in names if n != name]) for name in names[1:]}
+        left_out = ("discounting", "document", "longest match", "unigram")
+        self.gates = {f"gated, without {name}": Gate(c, [n for n in names if n != name]) for name in left_out}
         self.gates["gated, all experts"] = Gate(c, list(names))
         self.gates["gated, neural and discounting"] = Gate(c, ["neural", "discounting"])
+        self.outer = Gate(c, [*names, "maxent"])
+        self.geometric = Geometric(["neural", "discounting", "document"])
         self.hedges = {"hedge, eta 1": FixedShare(len(names), 0.0), "hedge, share 0.02": FixedShare(len(names), 0.02)}
 
-    def prepare(self, lessons: list) -> None:
+    @torch.no_grad()
+    def prepare(self, lessons: list, maxent: Maxent) -> None:
         taught = []
         for logp, evidence, targets in lessons:
-            p = self.experts.rows(logp, evidence)[0].gather(2, targets.expand(7, -1).unsqueeze(2)).squeeze(2)
-            taught.append((Gate.features(Case.of(logp, evidence)), p))
+            rows, case = self.experts.rows(logp, evidence)[0], Case.of(logp, evidence)
+            tilted = case.tilted(logp, maxent.bias(case)).exp()
+            p = at_targets(torch.cat([rows, tilted.unsqueeze(0)]), targets)
+            taught.append((Gate.features(logp, evidence), p))
+            self.geometric.learn(rows, targets)
             self.experts.learn(targets)
-        for gate in self.gates.values():
+        for gate in (*self.gates.values(), self.outer):
             gate.prepare(taught)
         self.experts = Experts(self.c)
 
-    def score(self, logp: Tensor, evidence: Evidence, targets: Tensor) -> dict[str, Tensor]:
-        """Nats of each position by mixer; learns afterwards. The rows are whole before the target is looked at."""
+    @torch.no_grad()
+    def score(self, logp: Tensor, evidence: Evidence, maxent: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Nats of each position by mixer; learns afterwards. The rows are whole before the target is looked at.
+
+        `maxent` [m, V] are the rows of the artifact's mixer, for the gate that takes them as one more expert.
+        """
         rows, order = self.experts.rows(logp, evidence)
         self.sum_error = max((rows.double().sum(2) - 1).abs().max().item(), getattr(self, "sum_error", 0.0))
-        features = Gate.features(Case.of(logp, evidence))
+        features = Gate.features(logp, evidence)
         weights = {name: gate.weights(features) for name, gate in self.gates.items()}
-        p = rows.gather(2, targets.expand(len(rows), -1).unsqueeze(2)).squeeze(2)  # here the targets come in
+        outer, geometric = self.outer.weights(features), self.geometric.rows(rows)
+        p = at_targets(rows, targets)  # here the targets come in
+        with_maxent = torch.cat([p, at_targets(maxent.exp().unsqueeze(0), targets)])
         found = {f"{name} alone": p[e] for e, name in enumerate(Experts.NAMES) if name not in ("neural", "flattened")}
         ngram = p[Experts.NAMES.index("highest order")]
         for name, alpha in (
@@ -250,10 +255,38 @@ class LinearMixers:
         for name, gate in self.gates.items():
             found[name] = (weights[name].T * p[gate.columns]).sum(0)
             gate.learn(features, p)
+        found["gated, all experts and maxent"] = (outer.T * with_maxent).sum(0)
+        found["geometric"] = at_targets(geometric.unsqueeze(0), targets)[0]
         for name, hedge in self.hedges.items():
             found[name] = hedge.run(p)
+        self.outer.learn(features, with_maxent)
+        self.geometric.learn(rows, targets)
         self.experts.learn(targets)
         return {name: -x.double().clamp(min=1e-30).log() for name, x in found.items()}
+
+
+def at_targets(rows: Tensor, targets: Tensor) -> Tensor:
+    """What each expert's row says of the token that came: [experts, m, V] -> [experts, m]."""
+    return rows.gather(2, targets.expand(len(rows), -1).unsqueeze(2)).squeeze(2)
+
+
+class Geometric(nn.Module):
+    """p(a) ~ prod p_e(a)^w_e, normalized over the vocabulary; the weights are learned a chunk at a time."""
+
+    def __init__(self, names: list[str]):
+        super().__init__()
+        self.columns = [Experts.NAMES.index(name) for name in names]
+        self.w = nn.Parameter(torch.tensor([1.0] + [0.0] * (len(names) - 1)))
+        self.adam = torch.optim.Adam([self.w], lr=0.01)
+
+    def rows(self, rows: Tensor) -> Tensor:
+        return torch.einsum("e,emv->mv", self.w, rows[self.columns].clamp(min=1e-30).log()).softmax(-1)
+
+    @torch.enable_grad()
+    def learn(self, rows: Tensor, targets: Tensor) -> None:
+        self.adam.zero_grad()
+        (-at_targets(self.rows(rows).unsqueeze(0), targets).log().mean()).backward()
+        self.adam.step()
 
 
 class FixedShare:
@@ -276,7 +309,7 @@ class Gate(nn.Module):
 
     def __init__(self, c: Config, names: list[str]):
         super().__init__()
-        self.columns = [Experts.NAMES.index(name) for name in names]
+        self.columns = [(*Experts.NAMES, "maxent").index(name) for name in names]
         self.map = nn.Linear(2 * (2 * len(c.ngram_orders)) + 2, len(names))
         nn.init.zeros_(self.map.weight)
         with torch.no_grad():
@@ -284,12 +317,12 @@ class Gate(nn.Module):
         self.adam = torch.optim.Adam(self.parameters(), lr=0.02)
 
     @staticmethod
-    def features(case: Case) -> Tensor:
+    def features(logp: Tensor, e: Evidence) -> Tensor:
         """Of each row: the neural entropy and top; for each order and side the occurrences and the top share."""
-        totals, e = case.evidence.totals.float().flatten(1), case.evidence
+        totals = e.totals.float().flatten(1)
         share = e.counts.float().flatten(1) / totals[e.row].clamp(min=1)
         top = torch.zeros_like(totals).scatter_reduce_(0, e.row.unsqueeze(1).expand_as(share), share, "amax")
-        return torch.cat([0.25 * torch.stack([case.entropy, case.top], 1), 0.4 * totals.log1p(), top], dim=1)
+        return torch.cat([0.25 * torch.stack([entropy(logp), logp.amax(1)], 1), 0.4 * totals.log1p(), top], dim=1)
 
     @torch.no_grad()
     def weights(self, features: Tensor) -> Tensor:
@@ -311,8 +344,15 @@ class Gate(nn.Module):
         self.step(features, p)
 
 
-def contenders(c: Config, run: Run, fitted: Maxent) -> dict[str, Contender]:
-    """The tilts of the table: the baseline, the default, and the default with parts left out, each fitted anew."""
+DEFAULT = "maxent (the artifact's)"
+
+
+def make_index(c: Config, run: Run, lag: int) -> ContextIndex:
+    return DistantIndex(c, run.device, lag) if lag else ContextIndex(c, run.device)
+
+
+def ablations(c: Config, run: Run, fitted: Maxent) -> dict[str, Tilted]:
+    """The default mixer with parts left out, each fitted anew."""
     orders, both = torch.tensor(sorted(c.ngram_orders)), torch.ones(2, len(c.ngram_orders), dtype=torch.bool)
     document = torch.tensor([[True], [False]])
     parts = {
@@ -322,8 +362,6 @@ def contenders(c: Config, run: Run, fitted: Maxent) -> dict[str, Contender]:
         "orders over 8 alone": both & (orders > 8),
     }
     return {
-        "tilt (published)": Tilted(c, run, OneTokenTilt(c)),
-        "maxent (the artifact's)": Tilted(c, run, fitted, fit=False),
         "maxent, weights then fixed": Tilted(c, run, fitted, fit=False, lr=0.0),
         "maxent, not fitted before": Tilted(c, run, Maxent(c), fit=False, lr=0.01),
         **{f"maxent, {name}": Tilted(c, run, Maxent(c), keep) for name, keep in parts.items()},
@@ -358,29 +396,32 @@ def bench_worth(args, run: Run) -> None:
     stream = train_gpt.Stream(c, run.device, tokenizer)
     model, fitted = train_gpt.unpack(parts, c, run)
     neural = train_gpt.make_predictor(args.stage, model, fitted, c, run, tokenizer)
-    tilts, linear, indices = contenders(c, run, fitted), LinearMixers(c), {0: ContextIndex(c, run.device)}
-    taught = held_out_rows(model, dataclasses.replace(c, data_path=args.lessons or args.data), run)
-    lessons = list(with_evidence(taught, ContextIndex(c, run.device)))
-    with torch.no_grad():
-        linear.prepare(lessons)
-    for tilt in tilts.values():
-        tilt.prepare(lessons)
-    for lag in args.lags:
-        indices[lag] = DistantIndex(c, run.device, lag)
-        name = f"maxent, only beyond {lag} tokens"
-        tilts[name] = Tilted(c, run, Maxent(c), lag=lag)
-        tilts[name].prepare(list(with_evidence(taught, DistantIndex(c, run.device, lag))))
-    del lessons, taught
+    tilts = {"tilt (published)": Tilted(c, run, OneTokenTilt(c)), DEFAULT: Tilted(c, run, fitted, fit=False)}
+    linear, lags = None, [0]
+    if not args.brief:
+        linear, lags = LinearMixers(c), [0, *args.lags]
+        tilts |= ablations(c, run, fitted)
+        for lag in args.lags:
+            tilts[f"maxent, only beyond {lag} tokens"] = Tilted(c, run, Maxent(c), lag=lag)
+        taught = held_out_rows(model, dataclasses.replace(c, data_path=args.lessons or args.data), run)
+        for lag in lags:
+            lessons = list(with_evidence(taught, make_index(c, run, lag)))
+            if not lag:
+                linear.prepare(lessons, fitted)
+            for tilt in tilts.values():
+                if tilt.lag == lag:
+                    tilt.prepare(lessons)
+        del lessons, taught
+    indices = {lag: make_index(c, run, lag) for lag in lags}
     nats: dict[str, list[Tensor]] = {}
     for chunk in stream.chunks(c.ttt_chunk_tokens):
         rows, column = slice(0, len(chunk.inputs)), chunk.targets.unsqueeze(1)
         logp = neural.predict(chunk.inputs, rows)
         seen = {lag: index.evidence(chunk.inputs, rows) for lag, index in indices.items()}
-        with torch.no_grad():
-            found = linear.score(logp, seen[0], chunk.targets)
-            found["neural"] = -logp.gather(1, column).squeeze(1)
-            for name, tilt in tilts.items():
-                found[name] = -tilt.rows(logp, seen[tilt.lag]).gather(1, column).squeeze(1)
+        rows_of = {name: tilt.rows(logp, seen[tilt.lag]) for name, tilt in tilts.items()}
+        found = linear.score(logp, seen[0], rows_of[DEFAULT], chunk.targets) if linear else {}
+        for name, mixed in dict(neural=logp, **rows_of).items():
+            found[name] = -mixed.gather(1, column).squeeze(1)
         for tilt in tilts.values():
             tilt.learn(logp, seen[tilt.lag], chunk.targets)
         for name, x in found.items():
@@ -390,7 +431,8 @@ def bench_worth(args, run: Run) -> None:
         if args.progress and chunk.start // c.ttt_chunk_tokens % 20 == 0:
             print(f"  {chunk.start + len(column)}/{len(stream)}", file=sys.stderr, flush=True)
     report({name: torch.cat(x) for name, x in nats.items()}, stream, args, run)
-    run.log(f"largest |row sum - 1| of a linear mixer's experts: {linear.sum_error:.1e}")
+    if linear:
+        run.log(f"largest |row sum - 1| of a linear mixer's experts: {linear.sum_error:.1e}")
 
 
 def report(nats: dict[str, Tensor], stream, args, run: Run) -> None:
@@ -431,6 +473,7 @@ def main() -> int:
     worth.add_argument(
         "--lags", type=lambda text: [int(x) for x in text.split(",") if x], default=[2048], help="[2048]"
     )
+    worth.add_argument("--brief", action="store_true", help="only the baseline and the default")
     worth.add_argument("--lesson-tokens", type=int, default=65536, help="of training text to fit on [65536]")
     worth.add_argument("--progress", action="store_true", help="say on standard error how far it is")
     args = parser.parse_args()
