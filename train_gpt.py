@@ -1738,6 +1738,7 @@ class ContextIndex:
         self.tail = torch.cat([self.tail, inputs])[n:]
         self.seen, self.ahead = self.seen + n, None
 
+    @property
     def memory_bytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in (self.latest, self.tokens, self.links))
 
@@ -2161,6 +2162,8 @@ def run_stage(stage: str, predictor, stream: Stream, c: Config, run: Run) -> Sco
     loss, bpb = result.val_loss, result.val_bpb
     run.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * result.seconds:.0f}ms{partial}")
     run.log(f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f} max_sum_error:{result.max_sum_error:.2e}{partial}")
+    if isinstance(predictor, Mixture):
+        run.log(f"context_index: {predictor.index.memory_bytes} bytes a rank for {predictor.index.seen} tokens")
     return result
 
 

@@ -100,7 +100,7 @@ def test_memory_is_bounded_by_the_reach(tiny_config):
     tokens = torch.randint(4, 9, (3001,), generator=torch.Generator().manual_seed(0)).tolist()
     index = compare(config, tokens, [50])
     assert len(index.tokens) == 256  # the power of two that holds the reach and a chunk
-    assert index.memory_bytes() == 8 * 2**22 + 256 * 4 * (1 + len(config.ngram_orders))
+    assert index.memory_bytes == 8 * 2**22 + 256 * 4 * (1 + len(config.ngram_orders))
 
 
 def test_a_full_table_forgets_and_never_invents(tiny_config):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_experts import PositionLists
 
 from conftest import BOS_ID, Alone
+from test_experts import PositionLists
 from train_gpt import Case, ContextIndex, Evidence, Fitter, Maxent, OneTokenTilt
 
 VOCAB_SIZE = 320

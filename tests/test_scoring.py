@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from test_mixing import random_maxent
 
 import train_gpt
 from conftest import Alone, build
+from test_mixing import random_maxent
 from train_gpt import (
     GPT,
     Adapting,

@@ -76,7 +76,7 @@ def bench_mixer(args, run: Run) -> None:
             here = (done - last[0]) / (seconds - last[1])
             shares = "  ".join(f"{seconds:.1f}" for seconds in parts.values())
             run.log(
-                f"{done:<10} {seconds:7.1f} {done / seconds:9.0f} {here:14.0f} {index.memory_bytes():13}"
+                f"{done:<10} {seconds:7.1f} {done / seconds:9.0f} {here:14.0f} {index.memory_bytes:13}"
                 f" {entries * run.world_size / done:12.1f} {shares}"
             )
             last = done, seconds
@@ -137,8 +137,8 @@ def discounted(base: Tensor, evidence: Evidence, sides: slice, orders: list[int]
     """Interpolated absolute discounting of the evidence's counts over `base` [m, V]: probabilities [m, V]."""
     found = base
     for k in orders:
-        counts, totals = evidence.counts[:, sides, k].sum(1).float(), evidence.totals[:, sides, k].sum(1).float()
-        distinct = torch.zeros_like(totals).index_add_(0, evidence.row, (counts > 0).float())
+        counts, totals = (x[:, sides, k].sum(1).to(base) for x in (evidence.counts, evidence.totals))
+        distinct = torch.zeros_like(totals).index_add_(0, evidence.row, (counts > 0).to(base))
         left = torch.where(totals > 0, discount * distinct / totals.clamp(min=1), 1.0)
         share = (counts - discount).clamp(min=0) / totals[evidence.row].clamp(min=1)
         found = (found * left.unsqueeze(1)).index_put((evidence.row, evidence.token), share, accumulate=True)

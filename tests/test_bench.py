@@ -1,0 +1,139 @@
+"""Bench: its tables come out whole, its own mixers are distributions, and what cannot be used is refused in a line."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+import train_gpt
+from conftest import Alone, build
+from test_mixing import random_rows
+from train_gpt import ContextIndex, Maxent, Tokenizer
+
+ROOT = Path(train_gpt.__file__).resolve().parent
+
+
+def start(*arguments):
+    command = [sys.executable, str(ROOT / "tools" / "bench.py"), *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_config, tmp_path_factory):
+    c, path = tiny_config(), tmp_path_factory.mktemp("bench") / "tiny.artifact"
+    path.write_bytes(train_gpt.pack(build(c), Maxent(c), c, Tokenizer(c).sha256))
+    return path
+
+
+@pytest.fixture
+def text(tiny_config):
+    """(config, neural rows, evidence, targets) of 200 positions of a stream with repeats."""
+    c = tiny_config()
+    tokens = (torch.rand(601, generator=torch.Generator().manual_seed(1)) ** 3 * 30).long() + 4
+    index = ContextIndex(c, torch.device("cpu"))
+    index.update(tokens[:401])
+    return c, random_rows(200).float(), index.evidence(tokens[400:600], slice(0, 200)), tokens[401:]
+
+
+def test_every_expert_and_mixture_of_the_table_is_a_distribution(text):
+    c, logp, evidence, _ = text
+    rows, order = bench.Experts(c).rows(logp, evidence)
+    assert rows.shape == (len(bench.Experts.NAMES), 200, c.vocab_size) and (rows >= 0).all()
+    assert (rows.double().sum(2) - 1).abs().max() < 1e-5
+    assert order.unique().numel() > 1
+    geometric = bench.Geometric(["neural", "discounting", "document"])
+    assert (geometric.rows(rows).double().sum(1) - 1).abs().max() < 1e-5
+    weights = bench.Gate(c, ["neural", "discounting"]).weights(bench.Gate.features(logp, evidence))
+    torch.testing.assert_close(weights.sum(1), torch.ones(200))
+
+
+def test_discounting_is_its_recursion(text):
+    c, logp, evidence, _ = text
+    base = torch.full_like(logp, 1 / c.vocab_size).double()
+    found = bench.discounted(base, evidence, slice(0, 2), [1, 2])
+    entries = list(zip(*(x.tolist() for x in (evidence.row, evidence.token, evidence.counts)), strict=True))
+    for t in range(0, 200, 23):
+        row = base[t].tolist()
+        for k in (1, 2):
+            seen = {
+                token: here[k] + before[k] for r, token, (here, before) in entries if r == t and here[k] + before[k]
+            }
+            total = sum(seen.values())
+            if total:
+                left = 0.75 * len(seen) / total
+                row = [max(seen.get(a, 0) - 0.75, 0) / total + left * p for a, p in enumerate(row)]
+        torch.testing.assert_close(found[t], torch.tensor(row, dtype=torch.float64), atol=1e-9, rtol=1e-9)
+
+
+def test_masking_keeps_the_columns_and_drops_what_has_nothing_left(text):
+    _, _, evidence, _ = text
+    keep = torch.zeros(2, evidence.counts.shape[2], dtype=torch.bool)
+    keep[0, 2] = True
+    part = bench.masked(evidence, keep)
+    assert (part.counts.flatten(1).sum(1) > 0).all() and part.counts[:, ~keep].sum() == 0
+    assert part.counts.sum() == evidence.counts[:, 0, 2].sum() == part.totals.sum()
+
+
+def test_the_distant_index_knows_what_is_far_and_nothing_near(tiny_config):
+    c = tiny_config(ngram_orders=(1, 2))
+    tokens = torch.tensor([1, 5, 6, *[9] * 30, 5, 6, 7, 5, 6])
+    near, far = ContextIndex(c, torch.device("cpu")), bench.DistantIndex(c, torch.device("cpu"), 20)
+    last = slice(len(tokens) - 1, len(tokens))
+    assert near.evidence(tokens, last).token.tolist() == [7, 9]
+    assert far.evidence(tokens, last).token.tolist() == [9]
+
+
+def test_hedge_is_bayes_rule_without_a_share():
+    p = torch.rand(3, 50, generator=torch.Generator().manual_seed(0))
+    found = bench.FixedShare(3, 0.0).run(p)
+    expected = p.double().prod(1).mean()
+    torch.testing.assert_close(found.prod(), expected, rtol=1e-9, atol=0)
+
+
+def test_worth_prints_a_row_a_mixer(artifact, tiny_data):
+    done = start("worth", "--artifact", artifact, "--data", tiny_data, "--val-tokens", 600, "--lesson-tokens", 512)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "PARTIAL: first 600 tokens" in lines[0]
+    found = dict(re.match(r"(\S.*?)\s+(\d+\.\d{4}) ", line).groups() for line in lines[2:-1])
+    assert {"neural", "tilt (published)", bench.DEFAULT, "backoff, entropy", "geometric"} <= found.keys()
+    assert float(re.search(r"[\d.e-]+$", lines[-1])[0]) < 1e-5
+
+
+def test_the_brief_table_agrees_with_a_run_of_the_script(artifact, tiny_data, tiny_config):
+    done = start("worth", "--artifact", artifact, "--data", tiny_data, "--brief")
+    assert done.returncode == 0, done.stderr
+    c = tiny_config(phase="eval", artifact_path=str(artifact))
+    model, mixer = train_gpt.unpack(train_gpt.read_artifact(artifact)[1], c, Alone())
+    tokenizer = Tokenizer(c)
+    stream = train_gpt.Stream(c, torch.device("cpu"), tokenizer)
+    for stage, name in (("ttt", "neural"), ("mixed", bench.DEFAULT)):
+        predictor = train_gpt.make_predictor(stage, model, mixer, c, Alone(), tokenizer)
+        bpb = train_gpt.score(predictor, stream, c.ttt_chunk_tokens, Alone()).val_bpb
+        assert f"{name:<36} {bpb:8.4f}" in done.stdout
+
+
+def test_mixer_prints_a_row_a_length(tiny_data):
+    options = ("--chunk", 256, "--vocab-size", 320, "--table-bits", 12)
+    done = start("mixer", "--data", tiny_data, "--millions", "0.001,0.003", "--orders", "1,2,5", *options)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["1024", "3000"]
+
+
+def test_what_cannot_be_used_is_refused_in_one_line(tiny_data, tmp_path):
+    for arguments in (
+        ("mixer", "--data", tiny_data, "--millions", "99"),
+        ("mixer", "--data", tmp_path),
+        ("mixer", "--data", tiny_data, "--orders", "2,3"),
+        ("worth", "--artifact", tmp_path / "none", "--data", tiny_data),
+    ):
+        done = start(*arguments)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
