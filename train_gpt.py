@@ -160,7 +160,7 @@ class Config:
     mixer: str = setting("maxent", choices=("maxent", "tilt"), score=True)
     mixer_hidden: int = setting(32, 1, 4096, shape=True)  # units of the network that maxent learns
     mixer_lr: float = setting(0.002, 0.0, score=True)  # of its step after each scored chunk
-    mixer_calibration_tokens: int = setting(1_048_576, 1)  # of held-out training text, on which it is fitted
+    mixer_calibration_tokens: int = setting(1_048_576, 2)  # of held-out training text, on which it is fitted
     ngram_orders: tuple[int, ...] = setting((1, 2, 3, 4, 5, 6, 8, 12, 16, 24), shape=True)  # tokens of context
     ngram_depth: int = setting(16, 1, 255, score=True)  # latest occurrences of a context that count
     ngram_reach_tokens: int = setting(64_000_000, 1, 2**31 - 2**27, score=True)  # how far back they may lie
@@ -1467,16 +1467,21 @@ def pack(model: GPT, mixer: Maxent, c: Config, tokenizer_sha256: str) -> bytes:
             parts["embeddings" if is_embedding(name) else "matrices"].append(as_bytes(symbols))
         else:
             stored = p.detach().half()
-        if not torch.isfinite(stored).all():
-            raise InputError(f"weight {name} cannot be stored: allowed is what float16 holds, 65504 at most and no NaN")
-        parts["scales" if name in quantized else "float16"].append(as_bytes(stored))
-    parts["mixer"] = [as_bytes(p.detach().half()) for p in mixer.parameters()]
+        parts["scales" if name in quantized else "float16"].append(as_bytes(finite(stored, name)))
+    parts["mixer"] = [as_bytes(finite(p.detach().half(), f"mixer.{name}")) for name, p in mixer.named_parameters()]
     streams = {part: compress(b"".join(pieces)) for part, pieces in parts.items()}
     sizes = {part: len(stream) for part, stream in streams.items()}
     kept = dict(shape=c.marked("shape"), score=c.marked("score"), tokenizer=tokenizer_sha256, parts=sizes)
     header = json.dumps(kept, separators=(",", ":")).encode()
     prefix, body = PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header)), header + b"".join(streams.values())
     return prefix + hashlib.sha256(prefix + body).digest() + body
+
+
+def finite(stored: Tensor, name: str) -> Tensor:
+    """The tensor itself. Raises InputError that names it unless all its numbers are finite."""
+    if not torch.isfinite(stored).all():
+        raise InputError(f"weight {name} cannot be stored: allowed is what float16 holds, 65504 at most and no NaN")
+    return stored
 
 
 def as_bytes(tensor: Tensor) -> bytes:
@@ -1604,8 +1609,8 @@ def artifact_record(path: Path, header: dict, tokenizer: Tokenizer, run: Run) ->
 class Evidence:
     """The tokens that followed a row's contexts before, and how often: one entry a (row, token), sorted by both.
 
-    `counts` uint8 [entries, 2, orders] are occurrences in this document and in earlier ones, among the latest
-    NGRAM_DEPTH of each context; `totals` [rows, 2, orders] are their sums over a row's tokens.
+    `counts` uint8 [entries, 2, orders] are occurrences in this document and in earlier ones, among those of each
+    context that the index lists; `totals` [rows, 2, orders] are their sums over a row's tokens.
     """
 
     row: Tensor  # int64 [entries]
@@ -1621,9 +1626,10 @@ class ContextIndex:
     occurrences, newest first, and the tokens after them are what it predicts. `latest` finds the first link: a table of
     2^NGRAM_TABLE_BITS entries that all orders share, each the newest position whose context fell on it and 32 more
     bits of that context's hash. Three things are forgotten, and memory stays bounded: what stood more than
-    NGRAM_REACH_TOKENS back, occurrences beyond the latest NGRAM_DEPTH (3 NGRAM_DEPTH / k of a longer context), and a
-    context whose entry a newer one has taken. A hash that two contexts share (one in 2^57) would merge them; a
-    context's counts are counts of its own occurrences in any case, and add up to their number.
+    NGRAM_REACH_TOKENS back, occurrences beyond the latest NGRAM_DEPTH of a context (3 NGRAM_DEPTH / k from k = 4 on),
+    and a context whose entry a newer one has taken. Two contexts that agree in all these bits, one pair in
+    2^(32 + NGRAM_TABLE_BITS), are taken for one: a context's counts still add up to its occurrences. Positions are 31
+    bits, for streams of up to 2^31 tokens.
     """
 
     MULTIPLIER = 0x5851F42D4C957F2D  # odd; Knuth's for 64-bit congruential generators
@@ -1674,14 +1680,24 @@ class ContextIndex:
         if self.ahead is not None and torch.equal(self.ahead[0], inputs):
             return
         n = len(inputs)
-        while len(self.tokens) < min(self.seen, self.c.ngram_reach_tokens) + n:
-            self.tokens = torch.cat([self.tokens, torch.zeros_like(self.tokens)])
-            self.links = torch.cat([self.links, torch.zeros_like(self.links)], dim=1)
+        self.make_room(n)
         position = torch.arange(self.seen, self.seen + n, device=inputs.device)
         self.tokens[self.place(position)] = inputs.int()
         hashes = self.hashes(inputs)
         self.links[:, self.place(position)] = self.link(hashes).int()
         self.ahead = inputs, hashes
+
+    def make_room(self, n: int) -> None:
+        """Double the rings until they hold the reach and n positions more."""
+        size, reach = len(self.tokens), min(self.seen, self.c.ngram_reach_tokens)
+        while size < reach + n:
+            size *= 2
+        if size == len(self.tokens):
+            return
+        kept = torch.arange(self.seen - reach, self.seen, device=self.tokens.device)
+        tokens, links = self.tokens[self.place(kept)], self.links[:, self.place(kept)]
+        self.tokens, self.links = self.tokens.new_zeros(size), self.links.new_zeros(len(self.orders), size)
+        self.tokens[self.place(kept)], self.links[:, self.place(kept)] = tokens, links
 
     def document_starts(self, inputs: Tensor) -> Tensor:
         """The position of the BOS before each input of the chunk that follows: int64 [n]."""
@@ -1819,12 +1835,13 @@ class Maxent(nn.Module):
 
     @torch.enable_grad()
     def accumulate_gradients(self, case: Case, targets: Tensor, n: int) -> None:
-        """Add the gradient of the rows' share of the mean loss over n tokens."""
+        """Add the gradient of the rows' share of the mean loss over n tokens; nothing where there is no evidence."""
+        if not len(case.logp):
+            return
         bias = self.bias(case)
         hit = case.evidence.token == targets[case.evidence.row]
         excess = case.expected(bias.detach()) - hit.to(bias)
-        if len(bias):
-            bias.backward(excess / n)
+        bias.backward(excess / n)
 
 
 class OneTokenTilt(nn.Module):
@@ -2003,10 +2020,6 @@ class Mixture:
         inputs, n = tokens[:-1], len(tokens) - 1
         rows = self.run.share(n, self.stride)
         self.fitter.step(self.look(inputs, rows)[1], tokens[1:][rows], n)
-        self.advance(tokens)
-
-    def advance(self, tokens: Tensor) -> None:
-        """Move past a chunk without a step of the mixer."""
         self.memo = None
         self.index.update(tokens)
         self.neural.update(tokens)
@@ -2039,27 +2052,40 @@ class Fitter:
 CALIBRATION_STEPS, CALIBRATION_LR = 512, 0.03
 
 
-def fit(mixer: nn.Module, lessons: list[tuple[Case, Tensor, int]], run: Run) -> None:
+def fit(mixer: nn.Module, cases: list[tuple[Case, Tensor, int]], run: Run) -> None:
     """Adam from the start over chunks of text, as often as it takes, at a rate that falls to zero."""
     fitter = Fitter(mixer, CALIBRATION_LR, run)
     for step in range(CALIBRATION_STEPS):
         fitter.adam.param_groups[0]["lr"] = CALIBRATION_LR * (1 - step / CALIBRATION_STEPS)
-        fitter.step(*lessons[step % len(lessons)])
+        fitter.step(*cases[step % len(cases)])
+
+
+def lessons(model: GPT, indices: list[ContextIndex], c: Config, run: Run):
+    """Held-out training text, chunk by chunk, under the model as it is: (neural rows, evidence of each index, targets,
+    tokens of the chunk over all ranks)."""
+    text, neural = (
+        TrainLoader(c, run).held_out_text(c.mixer_calibration_tokens),
+        Frozen(run.wrap(model), c, run, c.eval_stride),
+    )
+    for start in range(0, len(text) - 1, c.ttt_chunk_tokens):
+        tokens = text[start : start + c.ttt_chunk_tokens + 1]
+        inputs, n = tokens[:-1], len(tokens) - 1
+        rows = run.share(n, neural.stride)
+        yield neural.predict(inputs, rows), [index.evidence(inputs, rows) for index in indices], tokens[1:][rows], n
+        for part in (neural, *indices):
+            part.update(tokens)
 
 
 def calibrate(model: GPT, mixer: Maxent, c: Config, run: Run) -> float:
     """Fit the mixer in place on training text that no step has seen; returns the seconds that it took."""
-    clock, text = Clock(run), TrainLoader(c, run).held_out_text(c.mixer_calibration_tokens)
-    mixture, lessons = Mixture(Frozen(run.wrap(model), c, run, c.eval_stride), mixer, c, run), []
-    for start in range(0, len(text) - 1, c.ttt_chunk_tokens):
-        tokens = text[start : start + c.ttt_chunk_tokens + 1]
-        n = len(tokens) - 1
-        rows = run.share(n, mixture.stride)
-        lessons.append((mixture.look(tokens[:-1], rows)[1], tokens[1:][rows], n))
-        mixture.advance(tokens)
-    fit(mixer, lessons, run)
-    run.log(f"mixer_calibration: {len(text) - 1} tokens of held-out training text, {1000 * clock.seconds():.0f}ms")
-    return round(run.max(clock.seconds()), 3)
+    clock = Clock(run)
+    taught = lessons(model, [ContextIndex(c, run.device)], c, run)
+    cases = [(Case.of(logp, evidence), targets, n) for logp, (evidence,), targets, n in taught]
+    fit(mixer, cases, run)
+    seconds = round(run.max(clock.seconds()), 3)
+    tokens = sum(n for _, _, n in cases)
+    run.log(f"mixer_calibration: {tokens} tokens of held-out training text, {1000 * seconds:.0f}ms")
+    return seconds
 
 
 def fingerprint(predictor) -> str:
@@ -2163,7 +2189,7 @@ def run_stage(stage: str, predictor, stream: Stream, c: Config, run: Run) -> Sco
     run.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * result.seconds:.0f}ms{partial}")
     run.log(f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f} max_sum_error:{result.max_sum_error:.2e}{partial}")
     if isinstance(predictor, Mixture):
-        run.log(f"context_index: {predictor.index.memory_bytes} bytes a rank for {predictor.index.seen} tokens")
+        run.log(f"context_index: {predictor.index.memory_bytes} bytes a rank for {len(stream)} tokens")
     return result
 
 

@@ -193,6 +193,13 @@ def test_packing_is_deterministic(model, c, packed):
     assert pack(model, Maxent(c), c, SHA) == packed
 
 
+def test_a_weight_of_the_mixer_that_cannot_be_held_is_refused_by_name(model, c):
+    mixer = Maxent(c)
+    with torch.no_grad():
+        mixer.out.bias.fill_(1e6)
+    assert "weight mixer.out.bias cannot be stored" in refusal(pack, model, mixer, c, SHA)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["blocks.1.attn.q.weight", "tok_emb.weight", "blocks.0.mlp_scale", "smear.scale"])
 def test_a_weight_that_is_not_finite_is_refused_by_name(bad, name, c):

@@ -133,6 +133,7 @@ def test_what_cannot_be_used_is_refused_in_one_line(tiny_data, tmp_path):
         ("mixer", "--data", tiny_data, "--millions", "99"),
         ("mixer", "--data", tmp_path),
         ("mixer", "--data", tiny_data, "--orders", "2,3"),
+        ("mixer", "--data", tiny_data, "--vocab-size", 257),
         ("worth", "--artifact", tmp_path / "none", "--data", tiny_data),
     ):
         done = start(*arguments)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from conftest import BOS_ID
@@ -78,6 +78,7 @@ def compare(config, tokens, sizes):
 
 
 @settings(max_examples=40)
+@example(tokens=[4, 5, 6, 7] * 40, sizes=[*[3] * 8, 40], orders=(1, 2, 3), depth=16, reach=13)  # grows after it wrapped
 @given(
     tokens=st.lists(st.sampled_from([BOS_ID, 4, 5, 6, 7]), min_size=2, max_size=120),
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5),
@@ -159,6 +160,18 @@ def test_update_is_the_same_whatever_was_asked_before(filled):
         fresh.update(past[start : start + 501])
     fresh.update(tokens)
     assert all(torch.equal(a, b) for a, b in zip(fresh.state(), index.state(), strict=True))
+
+
+def test_a_longer_chunk_that_was_only_asked_for_leaves_no_trace(tiny_config):
+    config = tiny_config(ngram_reach_tokens=13)
+    tokens = torch.tensor([4, 5, 6, 7] * 40)
+    asked, plain = ContextIndex(config, CPU), ContextIndex(config, CPU)
+    for start in range(0, 40, 4):
+        for index in (asked, plain):
+            index.update(tokens[start : start + 5])
+    asked.evidence(tokens[40:], slice(0, 120))
+    assert len(asked.tokens) > len(plain.tokens)
+    assert all(torch.equal(a, b) for a, b in zip(asked.state(), plain.state(), strict=True))
 
 
 def test_no_rows_give_no_evidence(filled):

@@ -152,14 +152,17 @@ def test_the_bias_of_an_entry_is_the_same_bits_whatever_follows(world, monkeypat
         assert torch.equal(mixer.bias(Case.of(logp[:rows], part)), whole[:n])
 
 
-def test_no_evidence_means_the_neural_rows(world):
+@pytest.mark.parametrize("rows", [0, 300])
+def test_no_evidence_means_the_neural_rows(world, rows):
+    """Also for a rank that has no rows of a chunk: it takes part in the step with a gradient of zero."""
     config, logp, case, targets = world
-    e = case.evidence
-    case = Case.of(logp, Evidence(e.row[:0], e.token[:0], e.counts[:0], torch.zeros_like(e.totals)))
+    e, logp, targets = case.evidence, logp[:rows], targets[:rows]
+    case = Case.of(logp, Evidence(e.row[:0], e.token[:0], e.counts[:0], torch.zeros_like(e.totals[:rows])))
     mixer = random_maxent(config)
     torch.testing.assert_close(case.tilted(logp, mixer.bias(case)), logp, atol=1e-12, rtol=0)
-    mixer.accumulate_gradients(case, targets, len(targets))
-    Fitter(mixer, 0.1, Alone()).step(case, targets, len(targets))
+    before = [p.detach().clone() for p in mixer.parameters()]
+    Fitter(mixer, 0.1, Alone()).step(case, targets, 300)
+    assert all(torch.equal(a, b) for a, b in zip(before, mixer.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("followers, hints", [([30, 30, 30], [30]), ([30, 30, 31], []), ([], [])])

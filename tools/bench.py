@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
-from train_gpt import Case, Config, ContextIndex, Evidence, Fitter, Frozen, InputError, Maxent, OneTokenTilt, Run
+from train_gpt import Case, Config, ContextIndex, Evidence, Fitter, InputError, Maxent, OneTokenTilt, Run
 
 # ======================================================================================================================
 # mixer: how fast the index and the mixture are, and how large, as the stream grows.
@@ -28,10 +28,14 @@ from train_gpt import Case, Config, ContextIndex, Evidence, Fitter, Frozen, Inpu
 
 def training_tokens(c: Config, n_tokens: int) -> np.ndarray:
     """The first n_tokens of the training shards, to fill the index with real text. Raises InputError if too few."""
-    shards = [train_gpt.read_shard(path) for path in train_gpt.find_shards(c, "train")]
-    if sum(map(len, shards)) < n_tokens:
-        raise InputError(f"--millions={n_tokens / 1e6}: {c.data_path} has {sum(map(len, shards)) / 1e6:.1f}")
-    return np.concatenate(shards)[:n_tokens]
+    found, missing = [], n_tokens
+    for path in train_gpt.find_shards(c, "train"):
+        if missing:
+            found.append(train_gpt.check_ids(train_gpt.read_shard(path)[:missing], c, path))
+            missing -= len(found[-1])
+    if missing:
+        raise InputError(f"--millions={n_tokens / 1e6:g}: {c.data_path} has {(n_tokens - missing) / 1e6:.3f}")
+    return np.concatenate(found)
 
 
 @torch.no_grad()
@@ -39,7 +43,7 @@ def bench_mixer(args, run: Run) -> None:
     """One pass over the stream; at each length, the rate since the last one and the memory of the index."""
     orders = tuple(map(int, args.orders.split(",")))
     c = Config(data_path=args.data, vocab_size=args.vocab_size, ngram_orders=orders, ngram_table_bits=args.table_bits)
-    marks = [round(1e6 * float(m)) for m in args.millions.split(",")]
+    marks = sorted(round(1e6 * float(m)) for m in args.millions.split(","))
     stream = training_tokens(c, marks[-1] + 1)
     generator = torch.Generator().manual_seed(0)
     logits = 2 * torch.randn(args.chunk, c.vocab_size, generator=generator)
@@ -70,8 +74,7 @@ def bench_mixer(args, run: Run) -> None:
         timed("index", index.update, tokens)
         entries += len(case.logp)
         done = start + n
-        if done >= marks[0]:
-            marks.pop(0)
+        if any(start < mark <= done for mark in marks):
             seconds = run.max(time.perf_counter() - began)
             here = (done - last[0]) / (seconds - last[1])
             shares = "  ".join(f"{seconds:.1f}" for seconds in parts.values())
@@ -98,13 +101,19 @@ class DistantIndex(ContextIndex):
     """Knows only what lies more than `lag` tokens back, as if the model's own context covered all that is nearer."""
 
     def __init__(self, c: Config, device: torch.device, lag: int):
-        super().__init__(dataclasses.replace(c, ngram_depth=4 * c.ngram_depth), device)  # nearer ones take places too
-        self.lag = lag
+        super().__init__(
+            dataclasses.replace(c, ngram_depth=min(255, 4 * c.ngram_depth)), device
+        )  # near ones take places
+        self.lag, self.most = lag, torch.tensor(ContextIndex(c, device).depths).unsqueeze(1)
 
     def occurrences(self, rows: slice):
+        """The latest of those beyond the lag, as many as the index itself would list."""
         position = torch.arange(self.seen + rows.start, self.seen + rows.stop, device=self.tokens.device)
+        listed = torch.zeros(len(self.orders), len(position), dtype=torch.int64)
         for at in super().occurrences(rows):
-            yield torch.where(position - at > self.lag, at, -1)
+            far = (at >= 0) & (position - at > self.lag) & (listed[: len(at)] < self.most[: len(at)])
+            listed[: len(at)] += far
+            yield torch.where(far, at, -1)
 
 
 class Tilted:
@@ -214,6 +223,7 @@ class LinearMixers:
         self.gates = {f"gated, without {name}": Gate(c, [n for n in names if n != name]) for name in left_out}
         self.gates["gated, all experts"] = Gate(c, list(names))
         self.gates["gated, neural and discounting"] = Gate(c, ["neural", "discounting"])
+        self.sum_error = 0.0  # largest |sum of an expert's row - 1|
         self.outer = Gate(c, [*names, "maxent"])
         self.geometric = Geometric(["neural", "discounting", "document"])
         self.hedges = {"hedge, eta 1": FixedShare(len(names), 0.0), "hedge, share 0.02": FixedShare(len(names), 0.02)}
@@ -239,7 +249,7 @@ class LinearMixers:
         `maxent` [m, V] are the rows of the artifact's mixer, for the gate that takes them as one more expert.
         """
         rows, order = self.experts.rows(logp, evidence)
-        self.sum_error = max((rows.double().sum(2) - 1).abs().max().item(), getattr(self, "sum_error", 0.0))
+        self.sum_error = max((rows.double().sum(2) - 1).abs().max().item(), self.sum_error)
         features = Gate.features(logp, evidence)
         weights = {name: gate.weights(features) for name, gate in self.gates.items()}
         outer, geometric = self.outer.weights(features), self.geometric.rows(rows)
@@ -368,26 +378,24 @@ def ablations(c: Config, run: Run, fitted: Maxent) -> dict[str, Tilted]:
     }
 
 
-def held_out_rows(model, c: Config, run: Run) -> list[tuple[Tensor, Tensor]]:
-    """(tokens [n + 1], neural rows [n, V]) of each chunk of the held-out training text."""
-    text = train_gpt.TrainLoader(c, run).held_out_text(c.mixer_calibration_tokens)
-    neural, found = Frozen(model, c, run, c.eval_stride), []
-    for start in range(0, len(text) - 1, c.ttt_chunk_tokens):
-        tokens = text[start : start + c.ttt_chunk_tokens + 1]
-        found.append((tokens, neural.predict(tokens[:-1], slice(0, len(tokens) - 1))))
-        neural.update(tokens)
-    return found
-
-
-def with_evidence(taught: list[tuple[Tensor, Tensor]], index: ContextIndex):
-    """Lessons (neural rows, evidence, targets), the index starting where the text does."""
-    for tokens, logp in taught:
-        yield logp, index.evidence(tokens[:-1], slice(0, len(logp))), tokens[1:]
-        index.update(tokens)
+def prepare(
+    tilts: dict[str, Tilted], linear: LinearMixers, lags: list[int], model, fitted, c: Config, run: Run
+) -> None:
+    """Fit all that can be fitted on the held-out training text that the artifact's mixer was fitted on."""
+    taught = list(train_gpt.lessons(model, [make_index(c, run, lag) for lag in lags], c, run))
+    for i, lag in enumerate(lags):
+        lessons = [(logp, evidence[i], targets) for logp, evidence, targets, _ in taught]
+        if not lag:
+            linear.prepare(lessons, fitted)
+        for tilt in tilts.values():
+            if tilt.lag == lag:
+                tilt.prepare(lessons)
 
 
 def bench_worth(args, run: Run) -> None:
-    """The table, for one artifact and one stream."""
+    """The table, for one artifact and one stream, by one process on the CPU. Raises InputError."""
+    if run.world_size > 1:
+        raise InputError(f"nproc_per_node={run.world_size}: allowed is 1 for worth")
     env = dict(PHASE="eval", ARTIFACT_PATH=args.artifact, DATA_PATH=args.data, VAL_TOKENS=str(args.val_tokens))
     header, parts = train_gpt.read_artifact(args.artifact)
     c = train_gpt.as_packed(Config.from_env(env), header, env)
@@ -396,22 +404,16 @@ def bench_worth(args, run: Run) -> None:
     stream = train_gpt.Stream(c, run.device, tokenizer)
     model, fitted = train_gpt.unpack(parts, c, run)
     neural = train_gpt.make_predictor(args.stage, model, fitted, c, run, tokenizer)
-    tilts = {"tilt (published)": Tilted(c, run, OneTokenTilt(c)), DEFAULT: Tilted(c, run, fitted, fit=False)}
+    tilts = {DEFAULT: Tilted(c, run, fitted, fit=False)}
+    if OneTokenTilt.ORDER in c.ngram_orders:
+        tilts["tilt (published)"] = Tilted(c, run, OneTokenTilt(c))
     linear, lags = None, [0]
     if not args.brief:
         linear, lags = LinearMixers(c), [0, *args.lags]
         tilts |= ablations(c, run, fitted)
         for lag in args.lags:
             tilts[f"maxent, only beyond {lag} tokens"] = Tilted(c, run, Maxent(c), lag=lag)
-        taught = held_out_rows(model, dataclasses.replace(c, data_path=args.lessons or args.data), run)
-        for lag in lags:
-            lessons = list(with_evidence(taught, make_index(c, run, lag)))
-            if not lag:
-                linear.prepare(lessons, fitted)
-            for tilt in tilts.values():
-                if tilt.lag == lag:
-                    tilt.prepare(lessons)
-        del lessons, taught
+        prepare(tilts, linear, lags, model, fitted, dataclasses.replace(c, data_path=args.lessons or args.data), run)
     indices = {lag: make_index(c, run, lag) for lag in lags}
     nats: dict[str, list[Tensor]] = {}
     for chunk in stream.chunks(c.ttt_chunk_tokens):
@@ -478,7 +480,7 @@ def main() -> int:
     worth.add_argument("--progress", action="store_true", help="say on standard error how far it is")
     args = parser.parse_args()
     try:
-        run = Run(Config())
+        run = Run(Config(device="cpu" if args.command == "worth" else "auto"))
         {"mixer": bench_mixer, "worth": bench_worth}[args.command](args, run)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ from test_model import naive_attention
 
 import train_gpt
 from conftest import Alone, build, random_tokens
+from test_mixing import random_maxent
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is present")
 
@@ -77,7 +78,22 @@ def test_scores_on_the_gpu_follow_the_cpu(tiny_config, stage):
             model.dtype = torch.bfloat16
         else:
             run.compiles = False
-        mixer = train_gpt.Maxent(c).to(run.device)
+        mixer = random_maxent(c).float().to(run.device)
         predictor = train_gpt.make_predictor(stage, model.to(run.device), mixer, c, run, tokenizer)
         found.append(train_gpt.score(predictor, stream, c.ttt_chunk_tokens, run).val_bpb)
     assert abs(found[0] - found[1]) < 0.02 * found[0]
+
+
+@pytest.mark.parametrize("settings", [{}, dict(ngram_table_bits=8), dict(ngram_reach_tokens=300)])
+def test_the_context_index_is_the_same_integers_on_the_gpu(tiny_config, settings):
+    c = tiny_config(**settings)
+    tokens = (torch.rand(4001, generator=torch.Generator().manual_seed(0)) ** 3 * 40).long() + 1
+    indices = [train_gpt.ContextIndex(c, torch.device(device)) for device in ("cpu", "cuda")]
+    for start in range(0, 4000, 500):
+        chunk = tokens[start : start + 501]
+        found = [index.evidence(chunk.to(index.tokens.device)[:-1], slice(0, 500)) for index in indices]
+        for name in ("row", "token", "counts", "totals"):
+            assert torch.equal(getattr(found[0], name), getattr(found[1], name).cpu())
+        for index in indices:
+            index.update(chunk.to(index.tokens.device))
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(*(index.state() for index in indices), strict=True))
