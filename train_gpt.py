@@ -1785,6 +1785,10 @@ class Case:
         """p'(a) = p(a) e^b(a) / Z for the evidence's tokens and p(a) / Z for all others: [m, V] log-probabilities."""
         return logp.index_put((self.evidence.row, self.evidence.token), self.logp + bias).log_softmax(-1)
 
+    def excess(self, bias: Tensor, targets: Tensor) -> Tensor:
+        """p'(a) - [a = x] of each entry: the gradient of the rows' summed loss with respect to b(a)."""
+        return self.expected(bias) - (self.evidence.token == targets[self.evidence.row]).to(bias)
+
     def expected(self, bias: Tensor) -> Tensor:
         """p'(a) of each entry by the sparse sum Z = 1 + sum p(a) (e^b(a) - 1), float64 and in a fixed order."""
         p, bias = self.logp.double().exp(), bias.double()
@@ -1796,8 +1800,8 @@ class Case:
 class Maxent(nn.Module):
     """Sparse maximum-entropy tilt: a small network gives each token of the evidence its bias.
 
-    The gradient of a row's loss with respect to b(a) is p'(a) - [a = x], what was expected less what came. The network
-    is fitted on training text before the artifact is written and takes a step of Adam after each scored chunk.
+    It is fitted on training text before the artifact is written and takes a step of Adam after each scored chunk. Its
+    gradient is what was expected less what came, as in every maximum-entropy model (Berger et al. 1996).
     """
 
     LIMITS = (-8.0, 10.0)  # nats
@@ -1832,16 +1836,6 @@ class Maxent(nn.Module):
             padded = F.pad(features, (0, 0, 0, self.BLOCK - len(features)))
             found.append(self.out(F.gelu(self.hidden(padded))).squeeze(1).clamp(*self.LIMITS))
         return torch.cat(found)[:n]
-
-    @torch.enable_grad()
-    def accumulate_gradients(self, case: Case, targets: Tensor, n: int) -> None:
-        """Add the gradient of the rows' share of the mean loss over n tokens; nothing where there is no evidence."""
-        if not len(case.logp):
-            return
-        bias = self.bias(case)
-        hit = case.evidence.token == targets[case.evidence.row]
-        excess = case.expected(bias.detach()) - hit.to(bias)
-        bias.backward(excess / n)
 
 
 class OneTokenTilt(nn.Module):
@@ -1999,27 +1993,27 @@ class Mixture:
         self.neural, self.run, self.stride = neural, run, neural.stride
         self.index = ContextIndex(c, run.device)
         self.fitter = Fitter(copy.deepcopy(mixer), c.mixer_lr, run)
-        self.memo: tuple[Tensor, slice, Tensor, Case] | None = None
+        self.memo: tuple[Tensor, slice, Tensor, Case, Tensor] | None = None
 
-    @torch.no_grad()
-    def look(self, inputs: Tensor, rows: slice) -> tuple[Tensor, Case]:
-        """The neural log-probabilities [m, V] after inputs[rows] and the case for them, kept until `update`."""
+    def look(self, inputs: Tensor, rows: slice) -> tuple[Tensor, Case, Tensor]:
+        """Neural log-probabilities [m, V] after inputs[rows], the case for them and its bias, kept until `update`."""
         if self.memo is None or self.memo[1] != rows or not torch.equal(self.memo[0], inputs):
             logp = self.neural.predict(inputs, rows)
-            self.memo = inputs, rows, logp, Case.of(logp, self.index.evidence(inputs, rows))
+            case = Case.of(logp, self.index.evidence(inputs, rows))
+            self.memo = inputs, rows, logp, case, self.fitter.mixer.bias(case)
         return self.memo[2:]
 
-    @torch.no_grad()
     def predict(self, inputs: Tensor, rows: slice) -> Tensor:
         """Log-probabilities [m, V] of the tokens that follow inputs[rows]."""
-        logp, case = self.look(inputs, rows)
-        return case.tilted(logp, self.fitter.mixer.bias(case))
+        logp, case, bias = self.look(inputs, rows)
+        return case.tilted(logp, bias.detach())
 
     def update(self, tokens: Tensor) -> None:
         """Learn from a scored chunk: tokens [n + 1], its inputs and its last target."""
         inputs, n = tokens[:-1], len(tokens) - 1
         rows = self.run.share(n, self.stride)
-        self.fitter.step(self.look(inputs, rows)[1], tokens[1:][rows], n)
+        _, case, bias = self.look(inputs, rows)
+        self.fitter.step(case, bias, tokens[1:][rows], n)
         self.memo = None
         self.index.update(tokens)
         self.neural.update(tokens)
@@ -2035,12 +2029,16 @@ class Fitter:
         self.mixer, self.run, self.params = mixer, run, list(mixer.parameters())
         self.adam = torch.optim.Adam(self.params, lr=lr) if self.params else None
 
-    def step(self, case: Case, targets: Tensor, n: int) -> None:
-        """One step on the mean loss of n tokens, of which this rank has `targets` [m] and the case for them."""
+    def step(self, case: Case, bias: Tensor, targets: Tensor, n: int) -> None:
+        """One step on the mean loss of n tokens, of which this rank has `targets` [m], their case and the mixer's bias.
+
+        A rank without evidence takes part with a gradient of zero.
+        """
         if self.adam is None:
             return
         self.adam.zero_grad()
-        self.mixer.accumulate_gradients(case, targets, n)
+        if len(bias):
+            bias.backward(case.excess(bias.detach(), targets) / n)
         self.run.sum_gradients(self.params)
         self.adam.step()
 
@@ -2057,7 +2055,8 @@ def fit(mixer: nn.Module, cases: list[tuple[Case, Tensor, int]], run: Run) -> No
     fitter = Fitter(mixer, CALIBRATION_LR, run)
     for step in range(CALIBRATION_STEPS):
         fitter.adam.param_groups[0]["lr"] = CALIBRATION_LR * (1 - step / CALIBRATION_STEPS)
-        fitter.step(*cases[step % len(cases)])
+        case, targets, n = cases[step % len(cases)]
+        fitter.step(case, mixer.bias(case), targets, n)
 
 
 def lessons(model: GPT, indices: list[ContextIndex], c: Config, run: Run):

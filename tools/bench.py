@@ -38,7 +38,6 @@ def training_tokens(c: Config, n_tokens: int) -> np.ndarray:
     return np.concatenate(found)
 
 
-@torch.no_grad()
 def bench_mixer(args, run: Run) -> None:
     """One pass over the stream; at each length, the rate since the last one and the memory of the index."""
     orders = tuple(map(int, args.orders.split(",")))
@@ -49,7 +48,7 @@ def bench_mixer(args, run: Run) -> None:
     logits = 2 * torch.randn(args.chunk, c.vocab_size, generator=generator)
     logp = logits.log_softmax(-1).to(run.device)  # stands in for the neural rows, whose cost is not measured here
     fitter = Fitter(Maxent(c).to(run.device), c.mixer_lr, run)
-    index, parts = ContextIndex(c, run.device), dict.fromkeys(("index", "case", "mix", "learn"), 0.0)
+    index, parts = ContextIndex(c, run.device), dict.fromkeys(("index", "case", "bias", "mix", "learn"), 0.0)
     run.log(f"# {run.hardware()}; orders {orders}, chunks of {args.chunk}, {c.vocab_size} tokens of vocabulary")
     run.log("tokens     seconds  tokens/s  tokens/s here   index bytes  entries/row " + "  ".join(parts))
     began, last, entries = time.perf_counter(), (0, 0.0), 0
@@ -68,9 +67,9 @@ def bench_mixer(args, run: Run) -> None:
         mine = logp[: rows.stop - rows.start]
         evidence = timed("index", index.evidence, tokens[:-1], rows)
         case = timed("case", Case.of, mine, evidence)
-        timed("mix", lambda case=case, mine=mine: case.tilted(mine, fitter.mixer.bias(case)))
-        if args.learn:
-            timed("learn", fitter.step, case, tokens[1:][rows], n)
+        bias = timed("bias", fitter.mixer.bias, case)
+        timed("mix", case.tilted, mine, bias.detach())
+        timed("learn", fitter.step, case, bias, tokens[1:][rows], n)
         timed("index", index.update, tokens)
         entries += len(case.logp)
         done = start + n
@@ -139,7 +138,8 @@ class Tilted:
 
     def learn(self, logp: Tensor, evidence: Evidence, targets: Tensor) -> None:
         if self.fitter.adam and self.fitter.adam.param_groups[0]["lr"]:
-            self.fitter.step(self.case(logp, evidence), targets, len(targets))
+            case = self.case(logp, evidence)
+            self.fitter.step(case, self.fitter.mixer.bias(case), targets, len(targets))
 
 
 def discounted(base: Tensor, evidence: Evidence, sides: slice, orders: list[int], discount: float = 0.75) -> Tensor:
@@ -465,7 +465,6 @@ def main() -> int:
     mixer.add_argument("--chunk", type=int, default=Config.ttt_chunk_tokens, help="tokens a chunk [32768]")
     mixer.add_argument("--vocab-size", type=int, default=Config.vocab_size, help="[1024]")
     mixer.add_argument("--table-bits", type=int, default=Config.ngram_table_bits, help="[25]")
-    mixer.add_argument("--no-learn", dest="learn", action="store_false", help="leave out the step after each chunk")
     worth = commands.add_parser("worth", help="what each mixer gains on an artifact and a stream")
     worth.add_argument("--artifact", required=True, metavar="FILE")
     worth.add_argument("--data", required=True, metavar="DIR", help="shards; the validation stream is scored")
