@@ -103,11 +103,24 @@ def test_float32_rows_sum_to_one(world):
     assert (mixed.double().exp().sum(1) - 1).abs().max() < 1e-5
 
 
-def test_the_sparse_expectation_is_the_dense_row(world):
+def test_the_sparse_partition_is_the_dense_sum(world):
     config, logp, case, _ = world
     bias = random_maxent(config).bias(case)
-    dense = case.tilted(logp, bias).exp()[case.evidence.row, case.evidence.token]
-    torch.testing.assert_close(case.expected(bias), dense, atol=1e-12, rtol=1e-9)
+    dense = logp.exp().index_put((case.evidence.row, case.evidence.token), (case.logp + bias).exp()).sum(1)
+    torch.testing.assert_close(case.partition(bias), dense, atol=1e-12, rtol=1e-12)
+
+
+def test_rows_stay_distributions_where_a_sure_token_is_pushed_down(world):
+    """The worst case for the sparse sum in float32: almost all mass on one token, at the lowest bias."""
+    config, _, case, _ = world
+    e = case.evidence
+    first = torch.searchsorted(e.row, torch.arange(300))
+    logits = torch.randn(300, VOCAB_SIZE, generator=torch.Generator().manual_seed(5))
+    logits[torch.arange(300), e.token[first]] += torch.linspace(5, 30, 300)
+    logp = logits.log_softmax(-1)
+    case = Case.of(logp, e)
+    mixed = case.tilted(logp, torch.full_like(case.logp, Maxent.LIMITS[0]))
+    assert (mixed.double().exp().sum(1) - 1).abs().max() < 1e-5
 
 
 def test_the_gradient_is_that_of_the_dense_loss(world):
