@@ -283,9 +283,12 @@ CPU = SMOKE | dict(
     bigram_dim=64,
     ve_layers=(4, 5),
     ve_dim=64,
-    iterations=2200,
+    iterations=1600,
+    train_seq_len=1024,
     warmdown_iters=1300,
     train_log_every=100,
+    eval_seq_len=1024,
+    eval_stride=256,
     ttt_lr=0.001,
     mixer_calibration_tokens=131_072,
     ngram_table_bits=23,
@@ -2003,6 +2006,7 @@ class Mixture:
         self.fitter = Fitter(copy.deepcopy(mixer), c.mixer_lr, run)
         self.memo: tuple[Tensor, slice, Tensor, Case, Tensor] | None = None
 
+    @torch.enable_grad()  # `update` goes back through the bias, also where the caller predicts without gradients
     def look(self, inputs: Tensor, rows: slice) -> tuple[Tensor, Case, Tensor]:
         """Neural log-probabilities [m, V] after inputs[rows], the case for them and its bias, kept until `update`."""
         if self.memo is None or self.memo[1] != rows or not torch.equal(self.memo[0], inputs):

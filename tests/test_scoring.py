@@ -302,8 +302,10 @@ def test_what_predict_is_asked_leaves_no_trace(world):
     chunks = list(stream.chunks(config.ttt_chunk_tokens))
     asked, plain = predictor_of("mixed", world), predictor_of("mixed", world)
     rows = slice(0, config.ttt_chunk_tokens)
-    asked.predict(chunks[0].inputs, rows)
-    asked.predict(chunks[1].inputs.flip(0), rows)
+    with torch.no_grad():
+        asked.predict(chunks[0].inputs, rows)
+        asked.predict(chunks[1].inputs.flip(0), rows)
+        asked.predict(chunks[0].inputs, rows)
     plain.predict(chunks[0].inputs, rows)
     for predictor in (asked, plain):
         predictor.update(chunks[0].tokens)
