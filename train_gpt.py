@@ -2072,12 +2072,12 @@ def fit(mixer: nn.Module, cases: list[tuple[Case, Tensor, int]], run: Run) -> No
 
 
 def lessons(model: GPT, indices: list[ContextIndex], c: Config, run: Run):
-    """Held-out training text, chunk by chunk, under the model as it is: (neural rows, evidence of each index, targets,
-    tokens of the chunk over all ranks)."""
-    text, neural = (
-        TrainLoader(c, run).held_out_text(c.mixer_calibration_tokens),
-        Frozen(run.wrap(model), c, run, c.eval_stride),
-    )
+    """Held-out training text, a chunk at a time, under the model as it is.
+
+    Yields (neural rows [m, V], the evidence of each index, targets [m], tokens n of the chunk over all ranks).
+    """
+    text = TrainLoader(c, run).held_out_text(c.mixer_calibration_tokens)
+    neural = Frozen(run.wrap(model), c, run, c.eval_stride)
     for start in range(0, len(text) - 1, c.ttt_chunk_tokens):
         tokens = text[start : start + c.ttt_chunk_tokens + 1]
         inputs, n = tokens[:-1], len(tokens) - 1
