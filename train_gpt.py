@@ -272,7 +272,7 @@ SMOKE = dict(
     ngram_table_bits=20,
 )
 
-# A quarter of an hour of training on two CPU cores, for measurements: give it DATA_PATH.
+# Half an hour of training on one CPU core, less on two, for measurements: give it DATA_PATH.
 CPU = SMOKE | dict(
     data_path=Config.data_path,
     dtype="bfloat16",

@@ -105,7 +105,10 @@ def test_worth_prints_a_row_a_mixer(artifact, tiny_data):
     assert "PARTIAL: first 600 tokens" in lines[0]
     found = dict(re.match(r"(\S.*?)\s+(\d+\.\d{4}) ", line).groups() for line in lines[2:-1])
     assert {"neural", "tilt (published)", bench.DEFAULT, "backoff, entropy", "geometric"} <= found.keys()
-    assert float(re.search(r"[\d.e-]+$", lines[-1])[0]) < 1e-5
+    assert {f"{name} alone" for name in bench.Experts.NAMES[1:]} <= found.keys()
+    assert {f"gated, without {name}" for name in bench.Experts.NAMES} <= found.keys()
+    sum_errors = [float(x) for x in re.findall(r": ([\d.e-]+)", lines[-1])]
+    assert len(sum_errors) == 2 and 0 < max(sum_errors) < 1e-5
 
 
 def test_the_brief_table_agrees_with_a_run_of_the_script(artifact, tiny_data, tiny_config):

@@ -100,10 +100,9 @@ class DistantIndex(ContextIndex):
     """Knows only what lies more than `lag` tokens back, as if the model's own context covered all that is nearer."""
 
     def __init__(self, c: Config, device: torch.device, lag: int):
-        super().__init__(
-            dataclasses.replace(c, ngram_depth=min(255, 4 * c.ngram_depth)), device
-        )  # near ones take places
-        self.lag, self.most = lag, torch.tensor(ContextIndex(c, device).depths).unsqueeze(1)
+        super().__init__(c, device)
+        self.lag, self.most = lag, torch.tensor(self.depths).unsqueeze(1)
+        self.depths = [4 * depth for depth in self.depths]  # to get past those that are near
 
     def occurrences(self, rows: slice):
         """The latest of those beyond the lag, as many as the index itself would list."""
@@ -119,7 +118,7 @@ class Tilted:
     """A mixer of train_gpt on a part of the evidence."""
 
     def __init__(self, c: Config, run: Run, mixer: nn.Module, keep=None, fit=True, lr=None, lag=0):
-        self.c, self.run, self.keep, self.fit, self.lag = c, run, keep, fit, lag
+        self.run, self.keep, self.fit, self.lag = run, keep, fit, lag
         self.fitter = Fitter(copy.deepcopy(mixer), c.mixer_lr if lr is None else lr, run)
 
     def case(self, logp: Tensor, evidence: Evidence) -> Case:
@@ -213,14 +212,13 @@ def published_alpha_by_order(logp: Tensor, order: Tensor) -> Tensor:
 class LinearMixers:
     """Every mixer that is a weighted sum of the dense experts; they share the experts' rows.
 
-    Given the experts' probabilities of what came, [E, m], each takes its weights from the past alone: `before` [m, E].
+    The weights of a chunk, and within it Hedge's of a token, come from what was scored before it.
     """
 
     def __init__(self, c: Config):
         self.c, self.experts = c, Experts(c)
         names = Experts.NAMES
-        left_out = ("discounting", "document", "longest match", "unigram")
-        self.gates = {f"gated, without {name}": Gate(c, [n for n in names if n != name]) for name in left_out}
+        self.gates = {f"gated, without {name}": Gate(c, [n for n in names if n != name]) for name in names}
         self.gates["gated, all experts"] = Gate(c, list(names))
         self.gates["gated, neural and discounting"] = Gate(c, ["neural", "discounting"])
         self.sum_error = 0.0  # largest |sum of an expert's row - 1|
@@ -255,7 +253,7 @@ class LinearMixers:
         outer, geometric = self.outer.weights(features), self.geometric.rows(rows)
         p = at_targets(rows, targets)  # here the targets come in
         with_maxent = torch.cat([p, at_targets(maxent.exp().unsqueeze(0), targets)])
-        found = {f"{name} alone": p[e] for e, name in enumerate(Experts.NAMES) if name not in ("neural", "flattened")}
+        found = {f"{name} alone": p[e] for e, name in enumerate(Experts.NAMES) if name != "neural"}
         ngram = p[Experts.NAMES.index("highest order")]
         for name, alpha in (
             ("backoff, entropy", published_alpha),
@@ -339,7 +337,7 @@ class Gate(nn.Module):
         return self.map(features).softmax(-1)
 
     @torch.enable_grad()
-    def step(self, features: Tensor, p: Tensor) -> None:
+    def learn(self, features: Tensor, p: Tensor) -> None:
         loss = -(self.map(features).log_softmax(-1) + p[self.columns].T.clamp(min=1e-30).log()).logsumexp(1).mean()
         self.adam.zero_grad()
         loss.backward()
@@ -347,11 +345,8 @@ class Gate(nn.Module):
 
     def prepare(self, taught: list) -> None:
         for step in range(train_gpt.CALIBRATION_STEPS):
-            self.step(*taught[step % len(taught)])
+            self.learn(*taught[step % len(taught)])
         self.adam.param_groups[0]["lr"] = 0.002
-
-    def learn(self, features: Tensor, p: Tensor) -> None:
-        self.step(features, p)
 
 
 DEFAULT = "maxent (the artifact's)"
@@ -416,6 +411,7 @@ def bench_worth(args, run: Run) -> None:
         prepare(tilts, linear, lags, model, fitted, dataclasses.replace(c, data_path=args.lessons or args.data), run)
     indices = {lag: make_index(c, run, lag) for lag in lags}
     nats: dict[str, list[Tensor]] = {}
+    sum_error = 0.0
     for chunk in stream.chunks(c.ttt_chunk_tokens):
         rows, column = slice(0, len(chunk.inputs)), chunk.targets.unsqueeze(1)
         logp = neural.predict(chunk.inputs, rows)
@@ -424,6 +420,7 @@ def bench_worth(args, run: Run) -> None:
         found = linear.score(logp, seen[0], rows_of[DEFAULT], chunk.targets) if linear else {}
         for name, mixed in dict(neural=logp, **rows_of).items():
             found[name] = -mixed.gather(1, column).squeeze(1)
+            sum_error = max(sum_error, train_gpt.row_sum_error(mixed))
         for tilt in tilts.values():
             tilt.learn(logp, seen[tilt.lag], chunk.targets)
         for name, x in found.items():
@@ -433,8 +430,8 @@ def bench_worth(args, run: Run) -> None:
         if args.progress and chunk.start // c.ttt_chunk_tokens % 20 == 0:
             print(f"  {chunk.start + len(column)}/{len(stream)}", file=sys.stderr, flush=True)
     report({name: torch.cat(x) for name, x in nats.items()}, stream, args, run)
-    if linear:
-        run.log(f"largest |row sum - 1| of a linear mixer's experts: {linear.sum_error:.1e}")
+    experts = f", of an expert's: {linear.sum_error:.1e}" if linear else ""
+    run.log(f"largest |sum of a tilt's row - 1|: {sum_error:.1e}{experts}")
 
 
 def report(nats: dict[str, Tensor], stream, args, run: Run) -> None:
