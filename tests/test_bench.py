@@ -35,17 +35,17 @@ def artifact(tiny_config, tmp_path_factory):
 
 @pytest.fixture
 def text(tiny_config):
-    """(config, neural rows, evidence, targets) of 200 positions of a stream with repeats."""
+    """(config, neural rows, evidence, inputs) of 200 positions of a stream with repeats."""
     c = tiny_config()
     tokens = (torch.rand(601, generator=torch.Generator().manual_seed(1)) ** 3 * 30).long() + 4
     index = ContextIndex(c, torch.device("cpu"))
     index.update(tokens[:401])
-    return c, random_rows(200).float(), index.evidence(tokens[400:600], slice(0, 200)), tokens[401:]
+    return c, random_rows(200).float(), index.evidence(tokens[400:600], slice(0, 200)), tokens[400:600]
 
 
 def test_every_expert_and_mixture_of_the_table_is_a_distribution(text):
-    c, logp, evidence, _ = text
-    rows, order = bench.Experts(c).rows(logp, evidence)
+    c, logp, evidence, inputs = text
+    rows, order = bench.Experts(c).rows(logp, evidence, inputs)
     assert rows.shape == (len(bench.Experts.NAMES), 200, c.vocab_size) and (rows >= 0).all()
     assert (rows.double().sum(2) - 1).abs().max() < 1e-5
     assert order.unique().numel() > 1
@@ -71,6 +71,38 @@ def test_discounting_is_its_recursion(text):
                 left = 0.75 * len(seen) / total
                 row = [max(seen.get(a, 0) - 0.75, 0) / total + left * p for a, p in enumerate(row)]
         torch.testing.assert_close(found[t], torch.tensor(row, dtype=torch.float64), atol=1e-9, rtol=1e-9)
+
+
+def kneser_ney_by_definition(tokens: list[int], vocab_size: int, order: int) -> list[float]:
+    """The row after `tokens`, all counts taken afresh from the list of n-grams."""
+    row = [1 / vocab_size] * vocab_size
+    for k in range(min(order, len(tokens)) + 1):
+        grams = {}  # (context, token) -> the places where it stands, below the highest order as the tokens before it
+        for end in range(k, len(tokens)):
+            place = end if k == order else tokens[end - k - 1] if end > k else None
+            grams.setdefault((*tokens[end - k : end], tokens[end]), set()).add(place)
+        counts = {gram: len(places) for gram, places in grams.items()}
+        n = [max(1, sum(count == i for count in counts.values())) for i in range(5)]
+        y = n[1] / (n[1] + 2 * n[2])
+        taken = [min(i, max(0, i - (i + 1) * y * n[i + 1] / n[i])) for i in (1, 2, 3)]
+        context = tuple(tokens[len(tokens) - k :])
+        seen = {gram[-1]: count for gram, count in counts.items() if gram[:-1] == context}
+        if not seen:
+            break
+        total, off = sum(seen.values()), {a: taken[min(count, 3) - 1] for a, count in seen.items()}
+        left = sum(off.values()) / total
+        row = [left * p + (seen.get(a, 0) - off.get(a, 0)) / total for a, p in enumerate(row)]
+    return row
+
+
+def test_kneser_ney_is_its_definition():
+    tokens = (torch.rand(160, generator=torch.Generator().manual_seed(3)) ** 2 * 6).long()
+    expert = bench.KneserNey(vocab_size=7, order=3)
+    rows = torch.cat([expert.rows(tokens[:50]), expert.rows(tokens[50:])])
+    torch.testing.assert_close(rows.sum(1), torch.ones(160, dtype=torch.float64), atol=1e-12, rtol=0)
+    for t in (0, 1, 2, 9, 49, 50, 90, 159):
+        expected = kneser_ney_by_definition(tokens[: t + 1].tolist(), 7, 3)
+        torch.testing.assert_close(rows[t], torch.tensor(expected, dtype=torch.float64), atol=1e-9, rtol=1e-9)
 
 
 def test_masking_keeps_the_columns_and_drops_what_has_nothing_left(text):

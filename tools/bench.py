@@ -153,16 +153,74 @@ def discounted(base: Tensor, evidence: Evidence, sides: slice, orders: list[int]
     return found
 
 
+class KneserNey:
+    """Interpolated modified Kneser-Ney over all that came before (Chen & Goodman 1998, section 3), token by token.
+
+    The longest contexts count their followers; a shorter one counts after how many different tokens it was followed so.
+    """
+
+    def __init__(self, vocab_size: int, order: int = 5):
+        self.vocab_size, self.order = vocab_size, order  # tokens of context
+        self.history: list[int] = []
+        self.followers: list[dict] = [{} for _ in range(order + 1)]  # by context length: context -> token -> count
+        self.n_with = np.zeros((order + 1, 5), dtype=np.int64)  # entries with a count of 1 to 4
+
+    def rows(self, inputs: Tensor) -> Tensor:
+        """Take in the next inputs [m] one by one; after each, the row for what follows: probabilities [m, V]."""
+        rows = np.empty((len(inputs), self.vocab_size))
+        for t, token in enumerate(inputs.tolist()):
+            self.observe(token)
+            rows[t] = self.row()
+        return torch.from_numpy(rows)
+
+    def observe(self, token: int) -> None:
+        for k in range(len(self.history), -1, -1):
+            seen = self.followers[k].setdefault(tuple(self.history[len(self.history) - k :]), {})
+            before = seen.get(token, 0)
+            seen[token] = before + 1
+            for count, change in ((before, -1), (before + 1, 1)):
+                if 0 < count <= 4:
+                    self.n_with[k, count] += change
+            if before:
+                break  # the token before this context is not a new one
+        self.history = (self.history + [token])[-self.order :]
+
+    def row(self) -> np.ndarray:
+        p = np.full(self.vocab_size, 1 / self.vocab_size)
+        for k in range(len(self.history) + 1):
+            seen = self.followers[k].get(tuple(self.history[len(self.history) - k :]))
+            if seen is None:
+                break
+            tokens, counts = np.fromiter(seen.keys(), int), np.fromiter(seen.values(), float)
+            taken = self.discounts(k)[counts.astype(int).clip(max=3)]
+            p *= taken.sum() / counts.sum()
+            p[tokens] += (counts - taken) / counts.sum()
+        return p
+
+    def discounts(self, k: int) -> np.ndarray:
+        """What is taken from a count of 0, 1, 2, and 3 or more, estimated from the counts themselves."""
+        _, n1, n2, n3, n4 = self.n_with[k].clip(min=1)
+        y = n1 / (n1 + 2 * n2)
+        return np.array([0, 1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3]).clip(0, [0, 1, 2, 3])
+
+
 class Experts:
     """Dense rows for the linear mixers: the published experts, each a distribution over the whole vocabulary."""
 
-    NAMES = ("neural", "flattened", "unigram", "discounting", "document", "longest match", "highest order")
+    NAMES = (
+        *("neural", "flattened", "unigram", "discounting", "Kneser-Ney", "document", "longest match"),
+        "highest order",
+    )
 
     def __init__(self, c: Config):
         self.orders, self.counts = sorted(c.ngram_orders), torch.ones(c.vocab_size)
+        self.kneser_ney = KneserNey(c.vocab_size)
 
-    def rows(self, logp: Tensor, evidence: Evidence) -> tuple[Tensor, Tensor]:
-        """Probabilities [experts, m, V], and the order [m] that the highest-order expert found (0 = none)."""
+    def rows(self, logp: Tensor, evidence: Evidence, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Probabilities [experts, m, V], and the order [m] that the highest-order expert found (0 = none).
+
+        To be called once for each stretch of the stream, in its order: what Kneser-Ney knows are the inputs so far.
+        """
         unigram = (self.counts / self.counts.sum()).expand_as(logp)
         low = [k for k, order in enumerate(self.orders) if 2 <= order <= 8]
         both = discounted(unigram, evidence, slice(0, 2), low)
@@ -173,7 +231,8 @@ class Experts:
         highest = self.at_order(both, evidence, (totals > 1), usable)
         order = (torch.tensor(self.orders)[usable] * (totals[:, usable] > 1)).amax(1)
         flat = (0.5 * logp).softmax(-1)
-        return torch.stack([logp.exp(), flat, unigram, both, document, longest, highest]), order
+        kneser_ney = self.kneser_ney.rows(inputs).to(logp)
+        return torch.stack([logp.exp(), flat, unigram, both, kneser_ney, document, longest, highest]), order
 
     @staticmethod
     def at_order(base: Tensor, evidence: Evidence, known: Tensor, orders) -> Tensor:
@@ -228,9 +287,10 @@ class LinearMixers:
 
     @torch.no_grad()
     def prepare(self, lessons: list, maxent: Maxent) -> None:
-        taught = []
+        taught, last = [], torch.tensor([self.c.bos_id])
         for logp, evidence, targets in lessons:
-            rows, case = self.experts.rows(logp, evidence)[0], Case.of(logp, evidence)
+            inputs = torch.cat([last, targets[:-1]])
+            rows, case, last = self.experts.rows(logp, evidence, inputs)[0], Case.of(logp, evidence), targets[-1:]
             tilted = case.tilted(logp, maxent.bias(case)).exp()
             p = at_targets(torch.cat([rows, tilted.unsqueeze(0)]), targets)
             taught.append((Gate.features(logp, evidence), p))
@@ -241,17 +301,18 @@ class LinearMixers:
         self.experts = Experts(self.c)
 
     @torch.no_grad()
-    def score(self, logp: Tensor, evidence: Evidence, maxent: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def score(self, logp: Tensor, evidence: Evidence, maxent: Tensor, chunk) -> dict[str, Tensor]:
         """Nats of each position by mixer; learns afterwards. The rows are whole before the target is looked at.
 
         `maxent` [m, V] are the rows of the artifact's mixer, for the gate that takes them as one more expert.
         """
-        rows, order = self.experts.rows(logp, evidence)
+        rows, order = self.experts.rows(logp, evidence, chunk.inputs)
         self.sum_error = max((rows.double().sum(2) - 1).abs().max().item(), self.sum_error)
         features = Gate.features(logp, evidence)
         weights = {name: gate.weights(features) for name, gate in self.gates.items()}
         outer, geometric = self.outer.weights(features), self.geometric.rows(rows)
-        p = at_targets(rows, targets)  # here the targets come in
+        targets = chunk.targets  # here they come in
+        p = at_targets(rows, targets)
         with_maxent = torch.cat([p, at_targets(maxent.exp().unsqueeze(0), targets)])
         found = {f"{name} alone": p[e] for e, name in enumerate(Experts.NAMES) if name != "neural"}
         ngram = p[Experts.NAMES.index("highest order")]
@@ -417,7 +478,7 @@ def bench_worth(args, run: Run) -> None:
         logp = neural.predict(chunk.inputs, rows)
         seen = {lag: index.evidence(chunk.inputs, rows) for lag, index in indices.items()}
         rows_of = {name: tilt.rows(logp, seen[tilt.lag]) for name, tilt in tilts.items()}
-        found = linear.score(logp, seen[0], rows_of[DEFAULT], chunk.targets) if linear else {}
+        found = linear.score(logp, seen[0], rows_of[DEFAULT], chunk) if linear else {}
         for name, mixed in dict(neural=logp, **rows_of).items():
             found[name] = -mixed.gather(1, column).squeeze(1)
             sum_error = max(sum_error, train_gpt.row_sum_error(mixed))
