@@ -1688,7 +1688,7 @@ class ContextIndex:
         self.tokens[self.place(position)] = inputs.int()
         hashes = self.hashes(inputs)
         self.links[:, self.place(position)] = self.link(hashes).int()
-        self.ahead = inputs, hashes
+        self.ahead = inputs.clone(), hashes  # the caller may go on to write in its own
 
     def make_room(self, n: int) -> None:
         """Double the rings until they hold the reach and n positions more."""
@@ -2013,7 +2013,7 @@ class Mixture:
         if self.memo is None or self.memo[1] != rows or not torch.equal(self.memo[0], inputs):
             logp = self.neural.predict(inputs, rows)
             case = Case.of(logp, self.index.evidence(inputs, rows))
-            self.memo = inputs, rows, logp, case, self.fitter.mixer.bias(case)
+            self.memo = inputs.clone(), rows, logp, case, self.fitter.mixer.bias(case)
         return self.memo[2:]
 
     def predict(self, inputs: Tensor, rows: slice) -> Tensor:

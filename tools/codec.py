@@ -1,0 +1,235 @@
+"""Text to bits and back, with the rows that a score charges for: what the score says a text takes, taken.
+
+python tools/codec.py encode --artifact A --data D --tokens N --out F           # the head of the validation stream
+python tools/codec.py decode --artifact A --tokenizer T --file F --out text.txt  # elsewhere, from A, T and F alone
+
+How a text is predicted is part of the artifact; a setting in the environment (TTT_CHUNK_TOKENS=512) overrides it, on
+both sides alike.
+
+Both sides must have each row to the last bit, the encoder with the whole chunk at hand and the decoder with zeros
+where it knows no token yet. They have, because both ask `predict` for the same EVAL_STRIDE rows at a time, so that
+every tensor has the same shape, and then a row's arithmetic does not touch what comes after it: attention adds exact
+zeros for later positions, a matrix product's sums run over channels and not over rows, the context index compares
+integers, and the mixer's network runs on blocks of one size, in which an entry's place depends on earlier rows only.
+`update` is given equal tensors on both sides and is the same function of them on CPU; on CUDA,
+torch.use_deterministic_algorithms picks kernels that add in a fixed order, and nothing is compiled, because
+autotuning may choose differently in each process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+import constriction
+import numpy as np
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import train_gpt
+from train_gpt import Config, InputError, Run, Stream, Tokenizer
+
+CHECKSUM_BYTES = 4
+UNKNOWN = 0  # stands where the decoder knows no token yet
+
+
+def in_force(artifact: str | Path, data: str | Path, **overrides) -> tuple[Config, dict, dict[str, bytes]]:
+    """The settings that the artifact is scored with here, its header and its parts. Raises InputError."""
+    given = dict(PHASE="eval", ARTIFACT_PATH=artifact, DATA_PATH=data, TORCH_COMPILE=0, **overrides)
+    env = {**os.environ, **{name: str(value) for name, value in given.items()}}
+    header, parts = train_gpt.read_artifact(artifact)
+    return train_gpt.as_packed(Config.from_env(env), header, env), header, parts
+
+
+def be_deterministic() -> None:
+    """Kernels that give the same bits in every process, also on CUDA."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # every tensor here is written before it is read
+
+
+# ======================================================================================================================
+# Coder: a range coder whose model is a row, and what surrounds its words in a file.
+# ======================================================================================================================
+
+
+def categorical(logp: Tensor):
+    """The coder's model of a row [V]: 24 bits, of which every token gets at least one step."""
+    return constriction.stream.model.Categorical(logp.exp().cpu().numpy(), lazy=True)
+
+
+def as_bytes(encoder) -> bytes:
+    """The shortest bytes that name a number in the coder's interval; the decoder reads zeros behind them."""
+    words = encoder.get_compressed()
+    position, (lower, size) = encoder.pos()  # the interval's last 64 bits, behind `position` words
+    n_bytes = 4 * (position + 2)
+    point = int.from_bytes(words.astype(">u4").tobytes().ljust(n_bytes, b"\0"), "big")  # lies in the interval
+    low = point - (point - lower) % 2**64
+    for zeros in range(8, -1, -1):
+        number = -(-low >> 8 * zeros) << 8 * zeros  # rounded up
+        if number < low + size:
+            return number.to_bytes(n_bytes, "big")[: n_bytes - zeros]
+    raise AssertionError("a range coder's interval is never empty")
+
+
+def as_decoder(data: bytes):
+    words = np.frombuffer(data + bytes(8 + -len(data) % 4), dtype=">u4")
+    return constriction.stream.queue.RangeDecoder(words.astype(np.uint32))
+
+
+def checksum(tokens: Tensor) -> bytes:
+    return hashlib.sha256(tokens.cpu().numpy().astype("<u4").tobytes()).digest()[:CHECKSUM_BYTES]
+
+
+def to_varint(n: int) -> bytes:
+    """Seven bits a byte, low ones first, the top bit set on all but the last."""
+    found = []
+    while n >= 128:
+        n, low = divmod(n, 128)
+        found.append(low + 128)
+    return bytes([*found, n])
+
+
+def from_varint(data: bytes) -> tuple[int, bytes]:
+    """The number and what follows it. Raises InputError if it does not end."""
+    last = next((i for i, byte in enumerate(data[:5]) if byte < 128), None)
+    if last is None:
+        raise InputError("encoded file: it does not begin with a number of tokens")
+    return sum((byte & 127) << (7 * i) for i, byte in enumerate(data[: last + 1])), data[last + 1 :]
+
+
+# ======================================================================================================================
+# The walk along the stream, the same on both sides.
+# ======================================================================================================================
+
+
+def walk(predictor, tokens: Tensor, chunk_tokens: int, code) -> None:
+    """Call code(row, token) at every position of tokens [n + 1] but the first, in order, and put in what it returns.
+
+    The rows of a stride are predicted at once, and again when a token came in that the later ones did not know. The
+    predictor learns from each chunk but the last, as in train_gpt.score.
+    """
+    n = len(tokens) - 1
+    for start in range(0, n, chunk_tokens):
+        chunk = tokens[start : min(start + chunk_tokens, n) + 1]
+        for low in range(0, len(chunk) - 1, predictor.stride):
+            rows, logp = slice(low, min(low + predictor.stride, len(chunk) - 1)), None
+            for t in range(rows.start, rows.stop):
+                logp = predictor.predict(chunk[:-1], rows) if logp is None else logp
+                expected = int(chunk[t + 1])
+                token = code(logp[t - low], expected)
+                if token != expected:
+                    chunk[t + 1], logp = token, None
+        if start + chunk_tokens < n:
+            predictor.update(chunk)
+
+
+def encode(predictor, tokens: Tensor, chunk_tokens: int) -> bytes:
+    """A file's content for tokens [n + 1], of which the first is given: n, a checksum, and the coder's words."""
+    encoder = constriction.stream.queue.RangeEncoder()
+
+    def code(logp: Tensor, token: int) -> int:
+        encoder.encode(token, categorical(logp))
+        return token
+
+    walk(predictor, tokens, chunk_tokens, code)
+    return to_varint(len(tokens) - 1) + checksum(tokens) + as_bytes(encoder)
+
+
+def decode(predictor, data: bytes, bos_id: int, chunk_tokens: int, device: torch.device) -> Tensor:
+    """The tokens [n + 1] of a file's content. Raises InputError where they are not those that were encoded."""
+    n, data = from_varint(data)
+    digest, decoder = data[:CHECKSUM_BYTES], as_decoder(data[CHECKSUM_BYTES:])
+    tokens = torch.full((n + 1,), UNKNOWN, device=device)
+    tokens[0] = bos_id
+    try:
+        walk(predictor, tokens, chunk_tokens, lambda logp, _: int(decoder.decode(categorical(logp))))
+    except AssertionError as error:  # what constriction raises where no symbol fits
+        raise InputError(f"encoded file: not decodable with this artifact ({error})") from None
+    if checksum(tokens) != digest:
+        raise InputError("encoded file: its checksum is not that of the tokens that come out of it with this artifact")
+    return tokens
+
+
+# ======================================================================================================================
+# The two commands.
+# ======================================================================================================================
+
+
+def final_predictor(c: Config, parts: dict[str, bytes], run: Run, tokenizer: Tokenizer):
+    return train_gpt.make_predictor(c.stages[-1], *train_gpt.unpack(parts, c, run), c, run, tokenizer)
+
+
+def run_encode(args) -> None:
+    c, _, parts = in_force(args.artifact, args.data, VAL_TOKENS=args.tokens)
+    run, tokenizer = Run(c), Tokenizer(c)
+    stream = Stream(c, run.device, tokenizer)
+    predictor = final_predictor(c, parts, run, tokenizer)
+    data = encode(predictor, stream.tokens.to(run.device), c.ttt_chunk_tokens)
+    train_gpt.write_atomically(Path(args.out), data)
+    if args.text:
+        train_gpt.write_atomically(Path(args.text), as_text(stream.tokens, tokenizer))
+    n_bytes = int(stream.token_bytes.sum())
+    rate = f"{8 * len(data) / n_bytes:.4f} bits a byte"
+    print(f"{len(stream)} tokens, {n_bytes} bytes of text, in {len(data)} bytes: {rate}")
+
+
+def run_decode(args) -> None:
+    folder = os.path.dirname(os.path.abspath(args.tokenizer))
+    c, _, parts = in_force(args.artifact, folder, TOKENIZER_PATH=args.tokenizer)
+    run, tokenizer = Run(c), Tokenizer(c)
+    try:
+        data = Path(args.file).read_bytes()
+    except OSError as error:
+        raise InputError(f"--file={args.file}: {error.strerror}") from None
+    predictor = final_predictor(c, parts, run, tokenizer)
+    tokens = decode(predictor, data, c.bos_id, c.ttt_chunk_tokens, run.device)
+    train_gpt.write_atomically(Path(args.out), as_text(tokens, tokenizer))
+
+
+def documents(tokens: list[int], tokenizer: Tokenizer) -> list[str]:
+    """The text of each document, by the tokenizer's own decoder."""
+    found: list[list[int]] = []
+    for token in tokens:
+        if token == tokenizer.bos_id:
+            found.append([])
+        else:
+            found[-1].append(token)
+    return [tokenizer.sp.decode(document) for document in found]
+
+
+def as_text(tokens: Tensor, tokenizer: Tokenizer) -> bytes:
+    """The documents one after the other, a blank line between them."""
+    return "\n\n".join(documents(tokens.tolist(), tokenizer)).encode()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("encode", "the head of a validation stream to a file"), ("decode", "that file to its text")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--artifact", required=True, metavar="FILE")
+        command.add_argument("--out", required=True, metavar="FILE")
+        if name == "encode":
+            command.add_argument("--data", required=True, metavar="DIR", help="shards and tokenizer")
+            command.add_argument("--tokens", type=int, default=8192, help="how many [8192]")
+            command.add_argument("--text", metavar="FILE", help="write the same text plainly, to compare")
+        else:
+            command.add_argument("--tokenizer", required=True, metavar="FILE", help="the tokenizer.model of the shards")
+            command.add_argument("--file", required=True, metavar="FILE", help="what encode wrote")
+    args = parser.parse_args()
+    be_deterministic()
+    try:
+        {"encode": run_encode, "decode": run_decode}[args.command](args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
