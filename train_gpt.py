@@ -794,7 +794,7 @@ def find_flash_attention_3():
 def attention(q: Tensor, k: Tensor, v: Tensor, flash_attn_3=None) -> Tensor:
     """Causal attention with grouped KV heads: q [B, T, H, D], k and v [B, T, KV, D] -> [B, T, H, D]."""
     if flash_attn_3 is not None:
-        y = flash_attn_3(q, k, v, causal=True)
+        y = flash_attn_3(q, k, v, causal=True, deterministic=torch.are_deterministic_algorithms_enabled())
         return y[0] if isinstance(y, tuple) else y
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)

@@ -1,4 +1,4 @@
-"""Codec: bits to text and back, in what the rows say, and a file or an artifact that is not the right one is noticed."""
+"""Codec: text to bits and back, as many as the rows say; a wrong file or a wrong artifact is noticed."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ def test_attention_equals_its_definition_with_grouped_heads():
 def test_flash_attention_is_called_with_its_own_layout_when_there_is_one():
     q, k, v = torch.randn(1, 5, 2, 8), torch.randn(1, 5, 1, 8), torch.randn(1, 5, 1, 8)
 
-    def stand_in(q, k, v, causal):
-        assert causal
+    def stand_in(q, k, v, causal, deterministic):
+        assert causal and not deterministic
         return naive_attention(q, k, v).float(), "log-sum-exp"
 
     torch.testing.assert_close(train_gpt.attention(q, k, v, stand_in), train_gpt.attention(q, k, v), atol=1e-5, rtol=0)
