@@ -6,6 +6,7 @@ import pytest
 import torch
 from test_model import naive_attention
 
+import codec
 import train_gpt
 from conftest import Alone, build, random_tokens
 from test_mixing import random_maxent
@@ -97,3 +98,21 @@ def test_the_context_index_is_the_same_integers_on_the_gpu(tiny_config, settings
         for index in indices:
             index.update(chunk.to(index.tokens.device))
     assert all(torch.equal(a, b.cpu()) for a, b in zip(*(index.state() for index in indices), strict=True))
+
+
+def test_text_comes_back_from_its_bits_on_the_gpu(tiny_config):
+    """Bit for bit the same rows and updates in the encoder and in the decoder, in bfloat16."""
+    c = tiny_config(model_dim=256, num_heads=4, num_kv_heads=2, ttt_chunk_tokens=128, val_tokens=400, device="cuda")
+    tokenizer, run = train_gpt.Tokenizer(c), on_cuda()
+    run.compiles = False
+    tokens = train_gpt.Stream(c, run.device, tokenizer).tokens.to(run.device)
+    model, mixer = build(c).cuda(), random_maxent(c).float().cuda()
+    model.dtype = torch.bfloat16
+    codec.be_deterministic()
+    try:
+        predictors = [train_gpt.make_predictor("mixed", model, mixer, c, run, tokenizer) for _ in range(2)]
+        data = codec.encode(predictors[0], tokens.clone(), c.ttt_chunk_tokens)
+        found = codec.decode(predictors[1], data, c.bos_id, c.ttt_chunk_tokens, run.device)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(found, tokens)
