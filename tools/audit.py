@@ -116,6 +116,7 @@ class Witness:
         targets = self.stream.tokens[first + 1 : first + m + 1].to(logp.device)
         if logp.shape != (len(targets), self.vocab_size):
             ledger.bad_shape += 1
+        if not m or logp.shape != (len(targets), self.vocab_size):
             return
         ledger.predicted[first : first + m] += 1
         ledger.nats[first : first + m] = -logp.gather(1, targets.unsqueeze(1)).squeeze(1).double().cpu()
