@@ -137,6 +137,7 @@ class Config:
     complement_tokens: int = setting(16_000_000, 1)  # training tokens from which its bigrams are counted
     matrix_clip_sigmas: float = setting(6.0, 1.0, 64.0)  # int6 range, in standard deviations of the row
     embed_clip_sigmas: float = setting(16.0, 1.0, 64.0)  # int8 range
+    codec: str = setting("range", choices=("range", "lzma"), shape=True)  # of the integers; LZMA takes all else
 
     # Scoring.
     stages: tuple[str, ...] = setting(STAGES, choices=STAGES)  # the last one is the run's score
@@ -1423,10 +1424,11 @@ def validate(called, stream: Stream, c: Config, run: Run) -> str:
 # that no name is stored and nothing in the file is ever executed.
 # ======================================================================================================================
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 1
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 2
 PREFIX = struct.Struct("<5sBI")  # magic, version, header bytes; a sha256 of all but itself follows
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
 SMALLEST_SCALE = 2.0**-24  # of float16
+CODED = "integers_coded"  # the part that LZMA would only make longer
 
 
 def quantizer_of(name: str, c: Config) -> tuple[int, float]:
@@ -1458,26 +1460,145 @@ def dequantize(symbols: Tensor, scale: Tensor) -> Tensor:
 
 
 def pack(model: GPT, mixer: Maxent, c: Config, tokenizer_sha256: str) -> bytes:
-    """The artifact's bytes, a byte a symbol before LZMA: packed to six bits, it came out 19 % larger.
-
-    Raises InputError for a weight that cannot be held.
-    """
-    parts: dict[str, list[bytes]] = {"matrices": [], "embeddings": [], "scales": [], "float16": []}
+    """The artifact's bytes. Raises InputError for a weight that cannot be held."""
+    integers, stored = [], {"scales": [], "float16": []}
     quantized = quantized_parameters(model)
     for name, p in model.named_parameters():
+        numbers = p.detach().half()
         if name in quantized:
-            symbols, stored = quantize(p.detach(), *quantizer_of(name, c))
-            parts["embeddings" if is_embedding(name) else "matrices"].append(as_bytes(symbols))
-        else:
-            stored = p.detach().half()
-        parts["scales" if name in quantized else "float16"].append(as_bytes(finite(stored, name)))
-    parts["mixer"] = [as_bytes(finite(p.detach().half(), f"mixer.{name}")) for name, p in mixer.named_parameters()]
-    streams = {part: compress(b"".join(pieces)) for part, pieces in parts.items()}
+            symbols, numbers = quantize(p.detach(), *quantizer_of(name, c))
+            integers.append(symbols.cpu().numpy())
+        stored["scales" if name in quantized else "float16"].append(as_bytes(finite(numbers, name)))
+    stored["mixer"] = [as_bytes(finite(p.detach().half(), f"mixer.{name}")) for name, p in mixer.named_parameters()]
+    parts = encode_integers(integers, c.codec) | {part: b"".join(pieces) for part, pieces in stored.items()}
+    streams = {part: raw if part == CODED else compress(raw) for part, raw in parts.items()}
     sizes = {part: len(stream) for part, stream in streams.items()}
     kept = dict(shape=c.marked("shape"), score=c.marked("score"), tokenizer=tokenizer_sha256, parts=sizes)
     header = json.dumps(kept, separators=(",", ":")).encode()
     prefix, body = PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header)), header + b"".join(streams.values())
     return prefix + hashlib.sha256(prefix + body).digest() + body
+
+
+def encode_integers(tensors: list[np.ndarray], codec: str) -> dict[str, bytes]:
+    """The parts of an artifact that hold the integers of all quantized tensors, int8 [rows, cols] each."""
+    symbols = np.concatenate([x.ravel() for x in tensors])
+    if codec == "lzma":
+        return {"integers": symbols.tobytes()}
+    spreads = [spread(x) for x in tensors]
+    classes = class_of_each(spreads, [x.shape for x in tensors])
+    frequencies = count_frequencies(symbols, classes)
+    return {
+        "spreads": np.concatenate(spreads).tobytes(),
+        "frequencies": frequencies.astype("<u2").tobytes(),
+        CODED: range_encode(symbols, classes, frequencies),
+    }
+
+
+def decode_integers(parts: dict[str, bytes], shapes: list[torch.Size], codec: str) -> list[np.ndarray]:
+    """What `encode_integers` was given. Raises InputError if the parts do not hold just that."""
+    ends = np.cumsum([rows * cols for rows, cols in shapes])
+    if codec == "lzma":
+        symbols = exactly(parts, "integers", "i1", ends[-1])
+    else:
+        columns = np.cumsum([cols for _, cols in shapes])
+        spreads = exactly(parts, "spreads", "u1", columns[-1])
+        classes = class_of_each(np.split(spreads, columns[:-1]), shapes)
+        frequencies = exactly(parts, "frequencies", "<u2", 256 * (int(classes.max()) + 1))
+        symbols = range_decode(parts[CODED], classes, frequencies.reshape(-1, 256).astype(np.int64))
+    return [x.reshape(shape) for x, shape in zip(np.split(symbols, ends[:-1]), shapes, strict=True)]
+
+
+def exactly(parts: dict[str, bytes], part: str, kind: str, count: int) -> np.ndarray:
+    """A part as `count` numbers. Raises InputError unless it has just as many."""
+    expected = np.dtype(kind).itemsize * int(count)
+    if len(parts.get(part, b"")) != expected:
+        raise InputError(f"artifact: part {part} has {len(parts.get(part, b''))} bytes; its model needs {expected}")
+    return np.frombuffer(parts[part], dtype=kind)
+
+
+def spread(symbols: np.ndarray) -> np.ndarray:
+    """How wide the integers [rows, cols] of each column are: their root mean square in quarter octaves, uint8 [cols].
+
+    Rows are alike, since a row's step follows its deviation; columns differ, most in the MLP's second matrix.
+    """
+    rms = np.sqrt(np.square(symbols.astype(np.float32)).mean(axis=0))
+    return np.rint(4 * np.log2(rms + 0.25) + 8).astype(np.uint8)
+
+
+def class_of_each(spreads: list[np.ndarray], shapes) -> np.ndarray:
+    """The class of every integer of all tensors: the rank of its column's spread among those that occur, uint8 [n]."""
+    _, rank = np.unique(np.concatenate(spreads), return_inverse=True)
+    ranks = np.split(rank.astype(np.uint8), np.cumsum([len(x) for x in spreads])[:-1])
+    return np.concatenate([np.broadcast_to(x, shape).ravel() for x, shape in zip(ranks, shapes, strict=True)])
+
+
+# The coder is a range asymmetric numeral system (Duda 2013, arXiv 1311.2540) with 32-bit states and 16-bit words. The
+# integers are dealt to CODER_LANES states in turn, so that NumPy takes a step of all of them at once.
+CODER_LANES, CODER_BITS, FIRST_STATE = 512, 14, 1 << 16
+
+
+def count_frequencies(symbols: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """How often each int8 value, as uint8, occurs in each class, in parts of 2^CODER_BITS: int64 [classes, 256]."""
+    counts = np.zeros(256 * (int(classes.max()) + 1), dtype=np.int64)
+    for part in np.array_split(np.arange(len(symbols)), 1 + len(symbols) // 2**22):
+        counts += np.bincount(cells(symbols[part].view(np.uint8), classes[part]), minlength=len(counts))
+    counts = counts.reshape(-1, 256)
+    seen = counts > 0
+    shares = counts * ((1 << CODER_BITS) - seen.sum(1, keepdims=True)) // counts.sum(1, keepdims=True) + seen
+    shares[np.arange(len(shares)), counts.argmax(1)] += (1 << CODER_BITS) - shares.sum(1)
+    return shares
+
+
+def cells(values: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    """Where (class, value) stands in a table [classes * 256]."""
+    return 256 * classes.astype(np.int64) + values
+
+
+def first_parts(frequencies: np.ndarray) -> np.ndarray:
+    """The parts that come before each value's own: uint64 [classes * 256]."""
+    return (frequencies.cumsum(axis=1) - frequencies).ravel().astype(np.uint64)
+
+
+def range_encode(symbols: np.ndarray, classes: np.ndarray, frequencies: np.ndarray) -> bytes:
+    """int8 [n] -> the final states (uint32) and the words (uint16), in the order in which decoding reads them."""
+    frequency, first = frequencies.ravel().astype(np.uint64), first_parts(frequencies)
+    state, words = np.full(CODER_LANES, FIRST_STATE, dtype=np.uint64), []
+    values = symbols.view(np.uint8)
+    for start in reversed(range(0, len(symbols), CODER_LANES)):
+        cell = cells(values[start : start + CODER_LANES], classes[start : start + CODER_LANES])
+        x, f = state[: len(cell)], frequency[cell]
+        full = x >= f << np.uint64(32 - CODER_BITS)
+        words.append(x[full].astype("<u2"))
+        x = np.where(full, x >> np.uint64(16), x)
+        state[: len(cell)] = (x // f << np.uint64(CODER_BITS)) + x % f + first[cell]
+    return state.astype("<u4").tobytes() + b"".join(part.tobytes() for part in reversed(words))
+
+
+def range_decode(data: bytes, classes: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
+    """What `range_encode` was given, int8 [n]. Raises InputError unless the data is used up and ends as it began."""
+    frequency, first = frequencies.ravel().astype(np.uint64), first_parts(frequencies)
+    value_at = np.tile(np.arange(256, dtype=np.uint8), len(frequencies)).repeat(frequencies.ravel())
+    if len(data) < 4 * CODER_LANES or len(data) % 2:
+        raise InputError(
+            f"artifact: part {CODED} has {len(data)} bytes; allowed are {4 * CODER_LANES} and pairs behind"
+        )
+    state = np.frombuffer(data[: 4 * CODER_LANES], dtype="<u4").astype(np.uint64)
+    words, values, used = np.frombuffer(data[4 * CODER_LANES :], dtype="<u2"), np.empty(len(classes), dtype=np.uint8), 0
+    for start in range(0, len(classes), CODER_LANES):
+        here = classes[start : start + CODER_LANES]
+        x = state[: len(here)]
+        part = x & np.uint64((1 << CODER_BITS) - 1)
+        value = value_at[(here.astype(np.int64) << CODER_BITS) + part.astype(np.int64)]
+        cell = cells(value, here)
+        x = frequency[cell] * (x >> np.uint64(CODER_BITS)) + part - first[cell]
+        low = np.flatnonzero(x < FIRST_STATE)
+        if used + len(low) > len(words):
+            raise InputError(f"artifact: part {CODED} ends after {start} of {len(classes)} integers")
+        x[low] = x[low] << np.uint64(16) | words[used : used + len(low)]
+        state[: len(here)], values[start : start + CODER_LANES], used = x, value, used + len(low)
+    if used != len(words) or (state != FIRST_STATE).any():
+        raise InputError(f"artifact: part {CODED} does not end where its model's integers do")
+    return values.view(np.int8)
 
 
 def finite(stored: Tensor, name: str) -> Tensor:
@@ -1524,7 +1645,8 @@ def read_artifact(path: str | Path) -> tuple[dict, dict[str, bytes]]:
     header = {**json.loads(body[:header_bytes]), "file_bytes": len(data)}
     parts, start = {}, header_bytes
     for part, size in header["parts"].items():
-        parts[part] = lzma.decompress(body[start : start + size], format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
+        raw = body[start : start + size]
+        parts[part] = raw if part == CODED else lzma.decompress(raw, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
         start += size
     return header, parts
 
@@ -1550,27 +1672,22 @@ def unpack(parts: dict[str, bytes], c: Config, run: Run) -> tuple[GPT, Maxent]:
     Raises InputError if their sizes do not fit.
     """
     model, mixer = GPT(c, run.dtype), Maxent(c)
-    quantized, position = quantized_parameters(model), dict.fromkeys(parts, 0)
+    quantized = quantized_parameters(model)
+    others = [p for name, p in model.named_parameters() if name not in quantized]
 
-    def take(part: str, kind: str, shape: torch.Size) -> Tensor:
-        size = np.dtype(kind).itemsize * shape.numel()
-        piece = parts[part][position[part] : position[part] + size]
-        if len(piece) < size:
-            raise InputError(f"artifact: part {part} has {len(parts[part])} bytes, fewer than its model needs")
-        position[part] += size
-        return torch.from_numpy(np.frombuffer(piece, dtype=kind).copy()).view(shape)
+    def take(part: str, sizes: list[int]) -> tuple[Tensor, ...]:
+        return torch.from_numpy(exactly(parts, part, "<f2", sum(sizes)).astype(np.float32)).split(sizes)
 
+    integers = decode_integers(parts, [p.shape for p in quantized.values()], c.codec)
+    scales = take("scales", [len(p) for p in quantized.values()])
+    plain = {"float16": others, "mixer": list(mixer.parameters())}
+    numbers = {part: take(part, [p.numel() for p in params]) for part, params in plain.items()}
     with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name in quantized:
-                symbols = take("embeddings" if is_embedding(name) else "matrices", "i1", p.shape)
-                p.copy_(dequantize(symbols, take("scales", "<f2", p.shape[:1])))
-            else:
-                p.copy_(take("float16", "<f2", p.shape))
-        for p in mixer.parameters():
-            p.copy_(take("mixer", "<f2", p.shape))
-    if any(position[part] != len(raw) for part, raw in parts.items()):
-        raise InputError("artifact: more bytes than its model needs")
+        for p, symbols, scale in zip(quantized.values(), integers, scales, strict=True):
+            p.copy_(dequantize(torch.from_numpy(symbols.astype(np.float32)), scale))
+        for part, params in plain.items():
+            for p, x in zip(params, numbers[part], strict=True):
+                p.copy_(x.view_as(p))
     return model.to(run.device), mixer.to(run.device)
 
 
@@ -1587,8 +1704,9 @@ def artifact_record(path: Path, header: dict, tokenizer: Tokenizer, run: Run) ->
     for part, size in sizes.items():
         run.log(f"artifact part {part}: {size} bytes")
     run.log(f"Code size: {code_bytes} bytes")
-    run.log(f"Serialized model int6+lzma: {model_bytes} bytes")
-    run.log(f"Total submission size int6+lzma: {total} bytes cap:{CAP_BYTES} margin:{CAP_BYTES - total}")
+    codec = header["shape"]["codec"]
+    run.log(f"Serialized model int6+{codec}: {model_bytes} bytes")
+    run.log(f"Total submission size int6+{codec}: {total} bytes cap:{CAP_BYTES} margin:{CAP_BYTES - total}")
     if total > CAP_BYTES:
         excess = total - CAP_BYTES
         raise InputError(f"artifact {path}: {total} bytes with the script, {excess} over the cap of {CAP_BYTES}")

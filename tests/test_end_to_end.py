@@ -137,8 +137,8 @@ def test_the_size_lines_agree_with_the_record(whole_run):
     sizes = whole_run.record["artifact"]
     for line in (
         f"Code size: {sizes['code_bytes']} bytes",
-        f"Serialized model int6+lzma: {sizes['model_bytes']} bytes",
-        f"Total submission size int6+lzma: {sizes['total_bytes']} bytes cap:16000000 "
+        f"Serialized model int6+range: {sizes['model_bytes']} bytes",
+        f"Total submission size int6+range: {sizes['total_bytes']} bytes cap:16000000 "
         f"margin:{16_000_000 - sizes['total_bytes']}",
     ):
         assert whole_run.lines.count(line) == 1
