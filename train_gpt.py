@@ -137,6 +137,7 @@ class Config:
     complement_tokens: int = setting(16_000_000, 1)  # training tokens from which its bigrams are counted
     matrix_clip_sigmas: float = setting(6.0, 1.0, 64.0)  # int6 range, in standard deviations of the row
     embed_clip_sigmas: float = setting(16.0, 1.0, 64.0)  # int8 range
+    gptq_tokens: int = setting(262_144, 0)  # of training text, whose inputs GPTQ rounds the matrices for; 0 = nearest
     codec: str = setting("range", choices=("range", "lzma"), shape=True)  # of the integers; LZMA takes all else
 
     # Scoring.
@@ -269,6 +270,7 @@ SMOKE = dict(
     ttt_epochs=1,
     ttt_batch_tokens=2048,
     ttt_micro_tokens=512,
+    gptq_tokens=32_768,
     mixer_calibration_tokens=65_536,
     ngram_table_bits=20,
 )
@@ -291,6 +293,7 @@ CPU = SMOKE | dict(
     eval_seq_len=1024,
     eval_stride=256,
     ttt_lr=0.001,
+    gptq_tokens=65_536,
     mixer_calibration_tokens=131_072,
     ngram_table_bits=23,
 )
@@ -693,6 +696,11 @@ class TrainLoader:
         """This rank's sequences of an optimizer step: int64 [n, TRAIN_SEQ_LEN + 1] on the device; n may be 0."""
         mine, first = self.run.share(self.config.batch_seqs), step * self.config.batch_seqs
         return self.on_device([self.sequence(first + i) for i in range(mine.start, mine.stop)])
+
+    def first_sequences(self, n_tokens: int) -> Tensor:
+        """This rank's part of the run's first sequences, n_tokens in all or one sequence, like a batch."""
+        mine = self.run.share(max(1, n_tokens // self.seq_len))
+        return self.on_device([self.sequence(i) for i in range(mine.start, mine.stop)])
 
     def held_out_batch(self) -> Tensor:
         """This rank's part of the spans on which averages are chosen, like a batch."""
@@ -1274,9 +1282,7 @@ def weights_replaced(params: list[nn.Parameter], replacements: list[Tensor]):
 @torch.no_grad()
 def fake_quantized(model: GPT, c: Config):
     """Late QAT: the weights as the artifact will hold them, by the artifact's own quantizer."""
-    params = quantized_parameters(model)
-    rounded = [dequantize(*quantize(p, *quantizer_of(name, c))) for name, p in params.items()]
-    return weights_replaced(list(params.values()), rounded)
+    return with_weights(model, rounded(model, c))
 
 
 @torch.no_grad()
@@ -1331,7 +1337,7 @@ def held_out_nats(called, batch: Tensor, c: Config) -> Tensor:
 def choose_average(model: GPT, called, averages: WeightAverages, loader: TrainLoader, c: Config, run: Run) -> None:
     """Put in the weights that do best on training text that no step has seen, each with its matrices as stored.
 
-    Validation text has no part in it. The log gets each candidate's loss and the chosen one's loss by quantization.
+    Validation text has no part in it. The log gets each candidate's loss.
     """
     batch = loader.held_out_batch()
 
@@ -1346,7 +1352,6 @@ def choose_average(model: GPT, called, averages: WeightAverages, loader: TrainLo
     with torch.no_grad():
         torch._foreach_copy_(averages.params, candidates[best])
     run.log("averages: " + " ".join(f"{name}:{nats:.5f}" for name, nats in losses.items()) + f" chosen:{best}")
-    run.log(f"quantization_gap:{losses[best] - loss():.5f} nats per token on held-out training text")
 
 
 def train(model: GPT, c: Config, run: Run, stream: Stream | None) -> dict:
@@ -1441,17 +1446,55 @@ def quantized_parameters(model: GPT) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.dim() == 2 and name.endswith(".weight")}
 
 
-def quantize(w: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, Tensor]:
-    """Float [rows, cols] -> (int8 symbols [rows, cols], float16 step size [rows]).
+def step_sizes(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
+    """The distance of a row's levels, float16 [rows]: their range is `clip_sigmas` standard deviations of the row.
 
-    The range is `clip_sigmas` standard deviations of the row (SDClip, PR #1394): the entropy of the symbols, and with
-    it the size of the file, then depends on this number and hardly on the weights.
+    The entropy of the symbols, and with it the size of the file, then depends on this number and hardly on the weights
+    (SDClip, PR #1394).
     """
-    top = 2 ** (bits - 1) - 1
-    scale = (clip_sigmas / top) * w.float().square().mean(dim=1).sqrt()
-    scale = scale.clamp(min=SMALLEST_SCALE).half()
-    symbols = (w.float() / scale.float().unsqueeze(1)).round().clamp(-top, top)
-    return symbols.to(torch.int8), scale
+    deviation = w.float().square().mean(dim=1).sqrt()
+    return (clip_sigmas / top_symbol(bits) * deviation).clamp(min=SMALLEST_SCALE).half()
+
+
+def top_symbol(bits: int) -> int:
+    return 2 ** (bits - 1) - 1
+
+
+def nearest(w: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """The levels next to w [rows, cols] as floats."""
+    return (w / scale.float().unsqueeze(1)).round().clamp(-top_symbol(bits), top_symbol(bits))
+
+
+def quantize(w: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, Tensor]:
+    """Float [rows, cols] -> (int8 symbols [rows, cols], float16 step size [rows]), each weight to its nearest level."""
+    scale = step_sizes(w, bits, clip_sigmas)
+    return nearest(w.float(), scale, bits).to(torch.int8), scale
+
+
+def gptq(w: Tensor, products: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, Tensor]:
+    """The same, with the error of the map's outputs in view: GPTQ (Frantar et al. 2023, arXiv 2210.17323).
+
+    `products` [cols, cols] is the sum of x x^T over inputs. Columns are rounded from the strongest input to the
+    weakest; what that does to the outputs is made up for by the later columns, as far as their inputs go together.
+    """
+    scale, damping, block = step_sizes(w, bits, clip_sigmas), 0.01, 128
+    strength = products.diagonal()
+    order = strength.argsort(descending=True, stable=True)
+    w = w.float()[:, order]
+    h = products[order][:, order].double()
+    h.diagonal().add_(damping * strength.double().mean().clamp(min=1e-12))
+    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
+    symbols = torch.empty_like(w)
+    for first in range(0, w.shape[1], block):
+        last = min(first + block, w.shape[1])
+        error = torch.empty_like(w[:, first:last])
+        for j in range(first, last):
+            symbols[:, j : j + 1] = nearest(w[:, j : j + 1], scale, bits)
+            off = (w[:, j] - symbols[:, j] * scale.float()) / upper[j, j]
+            w[:, j + 1 : last] -= torch.outer(off, upper[j, j + 1 : last])
+            error[:, j - first] = off
+        w[:, last:] -= error @ upper[first:last, last:]
+    return symbols[:, order.argsort()].to(torch.int8), scale
 
 
 def dequantize(symbols: Tensor, scale: Tensor) -> Tensor:
@@ -1459,14 +1502,69 @@ def dequantize(symbols: Tensor, scale: Tensor) -> Tensor:
     return symbols.float() * scale.float().unsqueeze(1)
 
 
-def pack(model: GPT, mixer: Maxent, c: Config, tokenizer_sha256: str) -> bytes:
+Quantized = dict[str, tuple[Tensor, Tensor]]  # by parameter: symbols and step sizes
+
+
+def rounded(model: GPT, c: Config) -> Quantized:
+    """Every quantized parameter at its nearest levels."""
+    return {name: quantize(p.detach(), *quantizer_of(name, c)) for name, p in quantized_parameters(model).items()}
+
+
+def with_weights(model: GPT, quantized: Quantized):
+    """Run with the weights that an artifact gives back."""
+    params = quantized_parameters(model)
+    return weights_replaced(list(params.values()), [dequantize(*quantized[name]) for name in params])
+
+
+@torch.no_grad()
+def input_products(model: GPT, batch: Tensor, c: Config, run: Run) -> dict[str, Tensor]:
+    """The sum of x x^T over the inputs x of each linear map, by the name of its weight, on a batch of all ranks."""
+    maps = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear)}
+    sums = {
+        name: torch.zeros(module.in_features, module.in_features, device=run.device) for name, module in maps.items()
+    }
+
+    def watch(name: str):
+        def add(_, inputs):
+            x = inputs[0].flatten(0, -2).float()
+            sums[name] += x.T @ x
+
+        return maps[name].register_forward_pre_hook(add)
+
+    handles = [watch(name) for name in maps]
+    held_out_nats(model, batch, c)
+    for handle in handles:
+        handle.remove()
+    return {name: run.sum(total) for name, total in sums.items()}
+
+
+def choose_symbols(model: GPT, c: Config, run: Run) -> tuple[Quantized, float]:
+    """What the artifact will hold of the quantized parameters, and the seconds that it took to choose."""
+    clock, loader, quantized = Clock(run), TrainLoader(c, run), rounded(model, c)
+    params, batch = quantized_parameters(model), loader.held_out_batch()
+
+    def loss() -> float:
+        return run.sum(held_out_nats(model, batch, c)).item() / (loader.averaging * c.train_seq_len)
+
+    losses = dict(float=loss())
+    with with_weights(model, quantized):
+        losses["rounded"] = loss()
+    if c.gptq_tokens:
+        products = input_products(model, loader.first_sequences(c.gptq_tokens), c, run)
+        quantized |= {name: gptq(params[name].detach(), x, *quantizer_of(name, c)) for name, x in products.items()}
+        with with_weights(model, quantized):
+            losses["gptq"] = loss()
+    run.log("quantization: " + " ".join(f"{name}:{nats:.5f}" for name, nats in losses.items()) + " nats per token")
+    return quantized, round(run.max(clock.seconds()), 3)
+
+
+def pack(model: GPT, quantized: Quantized, mixer: Maxent, c: Config, tokenizer_sha256: str) -> bytes:
     """The artifact's bytes. Raises InputError for a weight that cannot be held."""
     integers, stored = [], {"scales": [], "float16": []}
-    quantized = quantized_parameters(model)
     for name, p in model.named_parameters():
         numbers = p.detach().half()
         if name in quantized:
-            symbols, numbers = quantize(p.detach(), *quantizer_of(name, c))
+            symbols, numbers = quantized[name]
             integers.append(symbols.cpu().numpy())
         stored["scales" if name in quantized else "float16"].append(as_bytes(finite(numbers, name)))
     stored["mixer"] = [as_bytes(finite(p.detach().half(), f"mixer.{name}")) for name, p in mixer.named_parameters()]
@@ -2415,11 +2513,11 @@ def log_results(record: dict, run: Run) -> None:
     run.log(f"final val_bpb:{record['val_bpb']:.8f} stage:{record['final_stage']} {scope}")
 
 
-def save_artifact(model: GPT, mixer: Maxent, path: Path, c: Config, run: Run, tokenizer: Tokenizer) -> float:
-    """Write the artifact on the main rank; returns the seconds that all ranks waited for it."""
+def save_artifact(path: Path, run: Run, *packed) -> float:
+    """Write what `pack` makes on the main rank; returns the seconds that all ranks waited for it."""
     clock = Clock(run)
     if run.is_main:
-        write_atomically(path, pack(model, mixer, c, tokenizer.sha256))
+        write_atomically(path, pack(*packed))
     return round(run.max(clock.seconds()), 3)
 
 
@@ -2439,9 +2537,10 @@ def execute(c: Config, env: dict[str, str], run: Run) -> None:
         run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
         mixer = Maxent(c).to(run.device)
         trained = train(model, c, run, stream)
-        with fake_quantized(model, c):
+        quantized, trained["quantization_seconds"] = choose_symbols(model, c, run)
+        with with_weights(model, quantized):
             trained["calibration_seconds"] = calibrate(model, mixer, c, run)
-        trained["pack_seconds"] = save_artifact(model, mixer, path, c, run, tokenizer)
+        trained["pack_seconds"] = save_artifact(path, run, model, quantized, mixer, c, tokenizer.sha256)
 
     header, parts = packed or run.broadcast(read_artifact, path)  # from here on, only what the file says counts
     artifact = artifact_record(path, header, tokenizer, run)

@@ -28,11 +28,13 @@ from train_gpt import (
     artifact_record,
     as_packed,
     dequantize,
+    gptq,
     pack,
     quantize,
     quantized_parameters,
     quantizer_of,
     read_artifact,
+    rounded,
     unpack,
     write_atomically,
 )
@@ -61,7 +63,7 @@ def model(c):
 
 @pytest.fixture(scope="module")
 def packed(model, c):
-    return pack(model, Maxent(c), c, SHA)
+    return pack(model, rounded(model, c), Maxent(c), c, SHA)
 
 
 @pytest.fixture
@@ -148,6 +150,78 @@ def test_what_is_quantized_already_stays_as_it_is():
     assert torch.equal(dequantize(again, scale), w)
 
 
+def products_of(cols, seed, mixing):
+    """The sum of x x^T over 200 random inputs whose channels go together as far as `mixing` says."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(200, cols, generator=generator)
+    x = x + mixing * x @ torch.randn(cols, cols, generator=generator)
+    return x.T @ x
+
+
+def gptq_by_definition(w, products, scale, top):
+    """One column after the other, and after each a new inverse of what is left of the damped products (OBQ)."""
+    h = products.double() + 0.01 * products.double().diagonal().mean() * torch.eye(len(products)).double()
+    order = products.diagonal().argsort(descending=True).tolist()
+    w, step, symbols = w.double().clone(), scale.double(), torch.zeros(w.shape, dtype=torch.int8)
+    for at, j in enumerate(order):
+        left = order[at:]
+        inverse = torch.linalg.inv(h[left][:, left])
+        symbols[:, j] = (w[:, j] / step).round().clamp(-top, top).to(torch.int8)
+        off = (w[:, j] - symbols[:, j] * step) / inverse[0, 0]
+        w[:, left] -= torch.outer(off, inverse[0])
+    return symbols
+
+
+@pytest.mark.parametrize("cols", [7, 130, 200])
+def test_gptq_is_its_definition(cols):
+    w, products = matrix(5, cols, cols, 0), products_of(cols, cols, 0.3)
+    symbols, scale = gptq(w, products, 4, 4.0)
+    assert torch.equal(scale, quantize(w, 4, 4.0)[1])
+    assert (symbols == gptq_by_definition(w, products, scale, 7)).float().mean() > 0.995  # float32 tips a few
+
+
+def test_gptq_rounds_to_the_nearest_level_where_inputs_are_independent_and_lowers_the_outputs_error_elsewhere():
+    w = torch.randn(20, 150, generator=torch.Generator().manual_seed(0))
+    nearest = quantize(w, 5, 4.0)[0]
+    assert torch.equal(gptq(w, torch.eye(150), 5, 4.0)[0], nearest)
+    products = products_of(150, 1, 0.3)
+
+    def error(symbols, scale):
+        off = dequantize(symbols, scale) - w
+        return torch.einsum("ri,ij,rj->", off, products, off)
+
+    assert error(*gptq(w, products, 5, 4.0)) < 0.5 * error(*quantize(w, 5, 4.0))
+
+
+def test_gptq_bears_inputs_that_are_always_zero():
+    products = products_of(12, 0, 0.3)
+    products[3] = products[:, 3] = 0
+    symbols, scale = gptq(matrix(4, 12, 0, 0), products, 6, 6.0)
+    assert torch.isfinite(dequantize(symbols, scale)).all()
+    assert torch.isfinite(dequantize(*gptq(matrix(4, 12, 0, 0), torch.zeros(12, 12), 6, 6.0))).all()
+
+
+def test_input_products_are_those_of_the_inputs(tiny_config):
+    """Of the first block's up projection, by a forward hook on its own; and a run's artifact holds GPTQ's symbols."""
+    c = tiny_config(gptq_tokens=128)
+    model, run = filled(c), Run(c)
+    batch = train_gpt.TrainLoader(c, run).first_sequences(c.gptq_tokens)
+    assert batch.shape == (4, c.train_seq_len + 1)
+    inputs = []
+    hook = model.blocks[0].up.register_forward_pre_hook(lambda _, x: inputs.append(x[0].detach().flatten(0, -2)))
+    products = train_gpt.input_products(model, batch, c, run)
+    hook.remove()
+    x = torch.cat(inputs).double()
+    assert len(x) == 128
+    torch.testing.assert_close(products["blocks.0.up.weight"].double(), x.T @ x, atol=1e-3, rtol=1e-4)
+    quantized, _ = train_gpt.choose_symbols(model, c, run)
+    w = model.blocks[0].up.weight.detach()
+    assert torch.equal(quantized["blocks.0.up.weight"][0], gptq(w, products["blocks.0.up.weight"], 6, 6.0)[0])
+    plain = rounded(model, c)
+    assert torch.equal(quantized["tok_emb.weight"][0], plain["tok_emb.weight"][0])
+    assert all(torch.equal(quantized[name][1], plain[name][1]) for name in plain)
+
+
 # Round trip
 
 
@@ -173,7 +247,8 @@ def test_a_packed_model_comes_back_bit_for_bit(model, c, path):
 def test_packing_what_was_unpacked_gives_the_same_function(changes, tiny_config, tmp_path):
     c = tiny_config(**changes)
     tokens = torch.tensor([[1, 5, 300, 7, 1, 9]])
-    (tmp_path / "x").write_bytes(pack(filled(c), Maxent(c), c, SHA))
+    model = filled(c)
+    (tmp_path / "x").write_bytes(pack(model, rounded(model, c), Maxent(c), c, SHA))
     header, parts = read_artifact(tmp_path / "x")
     assert as_packed(c, header, {}) == c
     with torch.no_grad():
@@ -190,14 +265,14 @@ def test_the_header_says_what_a_reader_must_know(c, path, packed):
 
 
 def test_packing_is_deterministic(model, c, packed):
-    assert pack(model, Maxent(c), c, SHA) == packed
+    assert pack(model, rounded(model, c), Maxent(c), c, SHA) == packed
 
 
 def test_a_weight_of_the_mixer_that_cannot_be_held_is_refused_by_name(model, c):
     mixer = Maxent(c)
     with torch.no_grad():
         mixer.out.bias.fill_(1e6)
-    assert "weight mixer.out.bias cannot be stored" in refusal(pack, model, mixer, c, SHA)
+    assert "weight mixer.out.bias cannot be stored" in refusal(pack, model, rounded(model, c), mixer, c, SHA)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -206,7 +281,7 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(bad, name, c):
     model = filled(c)
     with torch.no_grad():
         dict(model.named_parameters())[name].view(-1)[-1] = bad
-    assert f"weight {name} cannot be stored" in refusal(pack, model, Maxent(c), c, SHA)
+    assert f"weight {name} cannot be stored" in refusal(pack, model, rounded(model, c), Maxent(c), c, SHA)
 
 
 @pytest.mark.parametrize("name", ["blocks.1.attn.q.weight", "tok_emb.weight", "blocks.0.mlp_scale"])
@@ -215,7 +290,7 @@ def test_a_weight_that_float16_cannot_hold_is_refused_by_name(name, c):
     model = filled(c)
     with torch.no_grad():
         dict(model.named_parameters())[name].view(-1)[-1] = 1e9
-    assert name in refusal(pack, model, Maxent(c), c, SHA)
+    assert name in refusal(pack, model, rounded(model, c), Maxent(c), c, SHA)
 
 
 def test_a_fresh_process_computes_the_same_logits(model, c, path, tiny_env, tmp_path):
@@ -293,7 +368,7 @@ def test_damaged_integers_are_refused_also_without_the_file_s_checksum(data):
 def test_both_codecs_hold_the_same_model(model, c, tiny_config, tmp_path):
     restored = []
     for codec in ("range", "lzma"):
-        (tmp_path / codec).write_bytes(pack(model, Maxent(c), tiny_config(codec=codec), SHA))
+        (tmp_path / codec).write_bytes(pack(model, rounded(model, c), Maxent(c), tiny_config(codec=codec), SHA))
         header, parts = read_artifact(tmp_path / codec)
         restored.append(unpack(parts, as_packed(c, header, {}), Run(c))[0].state_dict())
     assert all(torch.equal(a, b) for a, b in zip(*(x.values() for x in restored), strict=True))
@@ -408,7 +483,7 @@ def tokenizer(c):
 
 @pytest.fixture
 def header(model, c, tokenizer, path):
-    path.write_bytes(pack(model, Maxent(c), c, tokenizer.sha256))
+    path.write_bytes(pack(model, rounded(model, c), Maxent(c), c, tokenizer.sha256))
     return read_artifact(path)[0]
 
 

@@ -29,7 +29,8 @@ def start(*arguments):
 @pytest.fixture(scope="module")
 def artifact(tiny_config, tmp_path_factory):
     c, path = tiny_config(), tmp_path_factory.mktemp("bench") / "tiny.artifact"
-    path.write_bytes(train_gpt.pack(build(c), Maxent(c), c, Tokenizer(c).sha256))
+    model = build(c)
+    path.write_bytes(train_gpt.pack(model, train_gpt.rounded(model, c), Maxent(c), c, Tokenizer(c).sha256))
     return path
 
 

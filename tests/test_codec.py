@@ -29,7 +29,8 @@ def world(tiny_config, tmp_path_factory):
     """(config, path of an artifact, tokenizer, the first N + 1 tokens): chunks of 128, so that two updates happen."""
     c = tiny_config(ttt_chunk_tokens=128, ttt_lr=0.05, ttt_epochs=1, val_tokens=N, stages=("mixed",))
     path = tmp_path_factory.mktemp("codec") / "tiny.artifact"
-    path.write_bytes(train_gpt.pack(build(c), random_maxent(c).float(), c, Tokenizer(c).sha256))
+    model, mixer = build(c), random_maxent(c).float()
+    path.write_bytes(train_gpt.pack(model, train_gpt.rounded(model, c), mixer, c, Tokenizer(c).sha256))
     tokenizer = Tokenizer(c)
     return c, path, tokenizer, train_gpt.Stream(c, torch.device("cpu"), tokenizer).tokens
 
