@@ -53,8 +53,8 @@ class InputError(Exception):
 def setting(default, low=None, high=None, choices=None, shape=False, score=False):
     """A field of Config with its allowed range.
 
-    The artifact keeps the fields marked `shape`, which fix its tensors and its function, and those marked `score`,
-    which fix what is predicted with it.
+    The artifact keeps the fields marked `shape`, which fix its tensors, their coding and its function, and those
+    marked `score`, which fix what is predicted with it.
     """
     return field(default=default, metadata=dict(low=low, high=high, choices=choices, shape=shape, score=score))
 
