@@ -81,7 +81,7 @@ def test_the_encoder_s_rows_are_those_of_the_loop(world):
 def test_every_changed_byte_and_another_artifact_are_noticed(world):
     c, path, _, tokens = world
     data = codec.encode(predictor_of(world), tokens.clone(), 128)
-    for at in (0, 3, 6, len(data) // 2, len(data) - 1):
+    for at in (0, 3, 7, len(data) // 2, len(data) - 1):
         changed = bytearray(data)
         changed[at] ^= 0x10
         with pytest.raises(InputError, match="encoded file"):

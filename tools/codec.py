@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
 from train_gpt import Config, InputError, Run, Stream, Tokenizer
 
+MAGIC = b"\xb7"  # one byte: a file is measured by its length
 CHECKSUM_BYTES = 4
 UNKNOWN = 0  # stands where the decoder knows no token yet
 
@@ -98,7 +99,7 @@ def from_varint(data: bytes) -> tuple[int, bytes]:
     """The number and what follows it. Raises InputError if it does not end."""
     last = next((i for i, byte in enumerate(data[:5]) if byte < 128), None)
     if last is None:
-        raise InputError("encoded file: it does not begin with a number of tokens")
+        raise InputError("encoded file: it names no number of tokens")
     return sum((byte & 127) << (7 * i) for i, byte in enumerate(data[: last + 1])), data[last + 1 :]
 
 
@@ -129,7 +130,7 @@ def walk(predictor, tokens: Tensor, chunk_tokens: int, code) -> None:
 
 
 def encode(predictor, tokens: Tensor, chunk_tokens: int) -> bytes:
-    """A file's content for tokens [n + 1], of which the first is given: n, a checksum, and the coder's words."""
+    """A file's content for tokens [n + 1], of which the first is given: magic, n, a checksum, the coder's words."""
     encoder = constriction.stream.queue.RangeEncoder()
 
     def code(logp: Tensor, token: int) -> int:
@@ -137,12 +138,14 @@ def encode(predictor, tokens: Tensor, chunk_tokens: int) -> bytes:
         return token
 
     walk(predictor, tokens, chunk_tokens, code)
-    return to_varint(len(tokens) - 1) + checksum(tokens) + as_bytes(encoder)
+    return MAGIC + to_varint(len(tokens) - 1) + checksum(tokens) + as_bytes(encoder)
 
 
 def decode(predictor, data: bytes, bos_id: int, chunk_tokens: int, device: torch.device) -> Tensor:
     """The tokens [n + 1] of a file's content. Raises InputError where they are not those that were encoded."""
-    n, data = from_varint(data)
+    if data[:1] != MAGIC:
+        raise InputError(f"encoded file: it begins with {data[:1].hex() or 'nothing'}; allowed is {MAGIC.hex()}")
+    n, data = from_varint(data[1:])
     digest, decoder = data[:CHECKSUM_BYTES], as_decoder(data[CHECKSUM_BYTES:])
     tokens = torch.full((n + 1,), UNKNOWN, device=device)
     tokens[0] = bos_id
