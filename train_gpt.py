@@ -751,6 +751,8 @@ class Stream:
         if len(tokens) <= config.eval_seq_len:
             least = f"more than EVAL_SEQ_LEN={config.eval_seq_len}"
             raise InputError(f"DATA_PATH={config.data_path}: validation has {len(tokens)} tokens; allowed is {least}")
+        if tokens[0] != config.bos_id:
+            raise InputError(f"shard {paths[0]}: it begins with token {tokens[0]}; allowed is BOS_ID={config.bos_id}")
         self.whole = config.val_tokens == 0 or config.val_tokens >= len(tokens) - 1
         if not self.whole:
             tokens = tokens[: config.val_tokens + 1]
@@ -1727,7 +1729,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def read_artifact(path: str | Path) -> tuple[dict, dict[str, bytes]]:
-    """(header with the file's size added, raw bytes of each part). Raises InputError unless whole and unaltered."""
+    """(header, with the file's size and sha256 added, raw bytes of each part). Raises InputError if it was altered."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
@@ -1740,7 +1742,7 @@ def read_artifact(path: str | Path) -> tuple[dict, dict[str, bytes]]:
     digest, body = data[PREFIX.size : PREFIX.size + 32], data[PREFIX.size + 32 :]
     if hashlib.sha256(data[: PREFIX.size] + body).digest() != digest:
         raise InputError(f"ARTIFACT_PATH={path}: checksum differs; the file is truncated or altered")
-    header = {**json.loads(body[:header_bytes]), "file_bytes": len(data)}
+    header = {**json.loads(body[:header_bytes]), "file_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     parts, start = {}, header_bytes
     for part, size in header["parts"].items():
         raw = body[start : start + size]
@@ -1789,13 +1791,18 @@ def unpack(parts: dict[str, bytes], c: Config, run: Run) -> tuple[GPT, Maxent]:
     return model.to(run.device), mixer.to(run.device)
 
 
+def check_tokenizer(header: dict, tokenizer: Tokenizer, path: str | Path) -> None:
+    """Raise InputError if the artifact's model was trained with another tokenizer."""
+    if header["tokenizer"] != tokenizer.sha256:
+        raise InputError(f"ARTIFACT_PATH={path}: its model's tokenizer has another sha256 than TOKENIZER_PATH's")
+
+
 def artifact_record(path: Path, header: dict, tokenizer: Tokenizer, run: Run) -> dict:
     """Script and artifact against the cap, logged by part.
 
     Raises InputError that names the excess if they are over it, or if the artifact speaks of another tokenizer.
     """
-    if header["tokenizer"] != tokenizer.sha256:
-        raise InputError(f"ARTIFACT_PATH={path}: its model's tokenizer has another sha256 than TOKENIZER_PATH's")
+    check_tokenizer(header, tokenizer, path)
     code_bytes, model_bytes = os.path.getsize(__file__), header["file_bytes"]
     total = code_bytes + model_bytes
     sizes = {"header": model_bytes - sum(header["parts"].values()), **header["parts"]}
@@ -1810,6 +1817,7 @@ def artifact_record(path: Path, header: dict, tokenizer: Tokenizer, run: Run) ->
         raise InputError(f"artifact {path}: {total} bytes with the script, {excess} over the cap of {CAP_BYTES}")
     return dict(
         path=str(path),
+        sha256=header["sha256"],
         code_bytes=code_bytes,
         model_bytes=model_bytes,
         total_bytes=total,
@@ -2334,6 +2342,11 @@ def make_predictor(stage: str, model: GPT, mixer: Maxent, c: Config, run: Run, t
     return Mixture(adapting, mixer if c.mixer == "maxent" else OneTokenTilt(c), c, run)
 
 
+def chunk_length(stage: str, c: Config) -> int:
+    """Positions between two updates of a stage's predictor."""
+    return c.ttt_chunk_tokens if stage in ("ttt", "mixed") else c.val_batch_size
+
+
 @dataclass(frozen=True)
 class Score:
     """What a pass over the stream gave: nats and bytes of every position [N], and what the sums come to."""
@@ -2402,7 +2415,6 @@ STAGE_LABELS = {
 
 def run_stage(stage: str, predictor, stream: Stream, c: Config, run: Run) -> Score:
     """Score the stream with a stage's predictor and log the result under the community's label."""
-    chunk_tokens = c.ttt_chunk_tokens if stage in ("ttt", "mixed") else c.val_batch_size
     said = [0.0]
 
     def progress(done: int, nll: Tensor, seconds: float) -> None:
@@ -2411,7 +2423,7 @@ def run_stage(stage: str, predictor, stream: Stream, c: Config, run: Run) -> Sco
             bpb = bits_per_byte(nll[:done], stream.token_bytes[:done])
             run.log(f"  {stage}_chunk [{done}/{len(stream)}] bpb={bpb:.4f} time={seconds:.1f}s")
 
-    result = score(predictor, stream, chunk_tokens, run, progress)
+    result = score(predictor, stream, chunk_length(stage, c), run, progress)
     label, partial = STAGE_LABELS[stage], "" if stream.whole else f" partial:{len(stream)}_tokens"
     loss, bpb = result.val_loss, result.val_bpb
     run.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * result.seconds:.0f}ms{partial}")

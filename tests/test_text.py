@@ -85,7 +85,7 @@ def stream_of(c):
 def test_shards_are_found_whatever_the_folder_is_called(tmp_path, write_shard, tiny_config):
     folder = tmp_path / "set [1] *"
     folder.mkdir()
-    write_shard(folder / "x_val_0.bin", range(40))
+    write_shard(folder / "x_val_0.bin", range(1, 41))
     assert len(stream_of(tiny_config(folder))) == 39
 
 
@@ -371,22 +371,22 @@ def test_windows_as_far_apart_as_they_are_long_do_not_overlap(seq_len, n):
 
 @pytest.fixture
 def counting_stream(tmp_path, write_shard, tiny_config):
-    """make(**settings) -> Stream of the tokens 0 to 100, in two shards."""
-    write_shard(tmp_path / "x_val_000000.bin", range(60))
-    write_shard(tmp_path / "x_val_000001.bin", range(60, 101))
+    """make(**settings) -> Stream of the tokens 1 (a BOS) to 101, in two shards."""
+    write_shard(tmp_path / "x_val_000000.bin", range(1, 60))
+    write_shard(tmp_path / "x_val_000001.bin", range(60, 102))
     return lambda **changes: stream_of(tiny_config(tmp_path, **changes))
 
 
 def test_the_stream_is_all_shards_in_order(counting_stream):
     stream = counting_stream()
-    assert stream.tokens.tolist() == list(range(101)) and len(stream) == 100 and stream.whole
+    assert stream.tokens.tolist() == list(range(1, 102)) and len(stream) == 100 and stream.whole
 
 
 @pytest.mark.parametrize(("val_tokens", "whole"), [(1, False), (40, False), (99, False), (100, True), (5000, True)])
 def test_a_part_of_the_stream_says_that_it_is_one(counting_stream, val_tokens, whole):
     stream = counting_stream(val_tokens=val_tokens)
     assert stream.whole is whole and len(stream) == min(val_tokens, 100)
-    assert stream.tokens.tolist() == list(range(len(stream) + 1))
+    assert stream.tokens.tolist() == list(range(1, len(stream) + 2))
 
 
 def test_a_stream_shorter_than_a_window_is_refused(counting_stream):
@@ -404,6 +404,12 @@ def test_chunks_cover_the_stream_and_share_one_token(counting_stream, size):
     assert [chunk.start for chunk in chunks] == list(range(0, 100, size))
     assert [chunk.is_last for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
     assert all(a.tokens[-1] == b.tokens[0] for a, b in zip(chunks, chunks[1:], strict=False))
+
+
+def test_a_stream_that_does_not_begin_with_a_document_is_refused(tmp_path, write_shard, tiny_config):
+    write_shard(tmp_path / "x_val_0.bin", range(5, 60))
+    with pytest.raises(InputError, match="begins with token 5; allowed is BOS_ID=1"):
+        stream_of(tiny_config(tmp_path))
 
 
 def test_documents_are_the_scored_ones(tmp_path, write_shard, tiny_config):
