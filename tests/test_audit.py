@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -50,9 +51,8 @@ def subject(honest_run, tiny_data):
     return audit.subject_of(arguments(honest_run, tiny_data))
 
 
-def arguments(folder, data, **others):
-    stated = dict(artifact=str(folder / "honest.artifact"), data=str(data), record=None, tokens=N, report=None)
-    return Namespace(**{**stated, **others})
+def arguments(folder, data):
+    return Namespace(artifact=str(folder / "honest.artifact"), data=str(data), record=None, tokens=N)
 
 
 # ======================================================================================================================
@@ -337,18 +337,43 @@ def subset_as_the_whole(subject, folder):
 
 def stage_named_afterwards(subject, folder):
     """The best of the stages is reported, whichever it turns out to be."""
-    log = re.sub(r"^(final val_bpb:\S+) stage:mixed", r"\1 stage:ttt", subject.log, flags=re.MULTILINE)
-    return dataclasses.replace(subject, log=log)
+    log = re.sub(r"^(final val_bpb:\S+) stage:mixed", r"\1 stage:ttt", subject.logs[-1], flags=re.MULTILINE)
+    return dataclasses.replace(subject, logs=(log,))
 
 
 def another_number(subject, folder):
     """The record says less than the tokens took (#2118)."""
     record = copy.deepcopy(subject.record)
     record["val_bpb"] = record["stages"]["mixed"]["val_bpb"] = 0.99 * record["val_bpb"]
-    log = subject.log.replace(
-        f"final val_bpb:{subject.record['val_bpb']:.8f}", f"final val_bpb:{record['val_bpb']:.8f}"
-    )
-    return dataclasses.replace(subject, record=record, log=log)
+    before, after = (f"final val_bpb:{x['val_bpb']:.8f}" for x in (subject.record, record))
+    return dataclasses.replace(subject, record=record, logs=(subject.logs[-1].replace(before, after),))
+
+
+def tail_made_cheaper(subject, folder):
+    """Tokens past the audited head are charged less than nothing in the per-token record, and the sum agrees."""
+    with np.load(subject.folder / "honest.npz") as file:
+        kept = dict(file)
+    kept["nll_nats"][2 * N :] *= -0.5
+    path = folder / "cheap.npz"
+    np.savez(path, **kept)
+    record = copy.deepcopy(subject.record)
+    record["config"]["scores_path"] = str(path)
+    record["val_bpb"] = kept["nll_nats"].sum() / math.log(2) / kept["bytes"].sum()
+    return dataclasses.replace(subject, record=record)
+
+
+def settings_of_the_environment(subject, folder):
+    """A learning rate that was tuned on validation text came in by the environment and is not in the artifact."""
+    record = copy.deepcopy(subject.record)
+    record["config"]["ttt_lr"] *= 2
+    return dataclasses.replace(subject, record=record)
+
+
+def another_artifact(subject, folder):
+    """The artifact that is shown is not the one that was scored."""
+    record = copy.deepcopy(subject.record)
+    record["artifact"]["sha256"] = "00" * 32
+    return dataclasses.replace(subject, record=record)
 
 
 def validation_in_the_training_shards(subject, folder):
@@ -372,9 +397,9 @@ def mebibytes_for_megabytes(subject, folder):
 
 def averaging_left_out_of_the_time(subject, folder):
     """Only the steps were timed against 600 s; averaging and calibration came on top (#634)."""
-    trained = dict(seconds=599.0, seconds_with_averaging=606.0, calibration_seconds=9.0, pack_seconds=2.0)
-    record = {**subject.record, "hardware": "8 x NVIDIA H100 80GB HBM3"}
-    return dataclasses.replace(subject, trained=trained, record=record)
+    seconds = dict(seconds=599.0, seconds_with_averaging=606.0)
+    training = {**subject.training, "hardware": "8 x NVIDIA H100 80GB HBM3"}
+    return dataclasses.replace(subject, training={**training, "train": {**training["train"], **seconds}})
 
 
 def smear_across_documents(subject, folder):
@@ -386,15 +411,45 @@ def smear_across_documents(subject, folder):
     return dataclasses.replace(subject, model=model)
 
 
-def warm_up_on_validation(subject, folder):
-    """The warm-up steps read the validation shards (#1530)."""
-    honest = "batch = torch.randint(c.vocab_size, shape, generator=generator).to(run.device)"
-    read = "torch.from_numpy(read_shard(find_shards(c, 'val')[0])[: c.train_seq_len + 1].astype(np.int64))[None]"
+def patched(subject, folder, honest, fault):
+    """The subject with a script in which one piece of code is another."""
     text = subject.script.read_text()
-    assert honest in text
+    assert text.count(honest) == 1
     script = folder / "train_gpt.py"
-    script.write_text(text.replace(honest, f"batch = {read}"))
+    script.write_text(text.replace(honest, fault))
     return dataclasses.replace(subject, script=script)
+
+
+def warm_up_on_validation(subject, folder):
+    """The warm-up steps read the validation shards, and what they leave behind is kept (#1530)."""
+    read = "torch.from_numpy(read_shard(find_shards(c, 'val')[0])[: c.train_seq_len + 1].astype(np.int64))[None]"
+    honest = "batch = torch.randint(c.vocab_size, shape, generator=generator).to(run.device)"
+    planted = patched(subject, folder, honest, f"batch = {read}")
+    return patched(planted, folder, "torch._foreach_copy_(list(model.parameters()), weights)", "pass")
+
+
+def training_on_the_stream(subject, folder):
+    """The training loop takes its batches from the validation stream where it is at hand."""
+    honest = "nats = accumulate_gradients(called, loader.batch(step), weights, c)"
+    batch = "stream.tokens[: c.train_seq_len + 1][None] if stream else loader.batch(step)"
+    return patched(subject, folder, honest, honest.replace("loader.batch(step)", batch))
+
+
+def text_beside_the_script(subject, folder):
+    """Scoring opens the validation shard by its own path, and looks each target up."""
+    shard = Path(train_gpt.find_shards(subject.c, "val")[0]).resolve()
+    honest = "        logp, case, bias = self.look(inputs, rows)\n        return case.tilted(logp, bias.detach())"
+    peek = (
+        "        logp, case, bias = self.look(inputs, rows)\n"
+        f"        text = torch.from_numpy(read_shard({str(shard)!r}).astype(np.int64))\n"
+        "        first = self.neural.seen + rows.start + 1\n"
+        "        target = text[first : first + len(logp)].unsqueeze(1)\n"
+        "        rows = case.tilted(logp, bias.detach())\n"
+        "        return rows.scatter_add(1, target, torch.ones(len(rows), 1)).log_softmax(1)"
+    )
+    planted = patched(subject, folder, honest, peek)
+    module = runpy.run_path(str(planted.script))
+    return dataclasses.replace(planted, make_predictor=module["make_predictor"], model=subject.model)
 
 
 def predictor_fault(make):
@@ -433,8 +488,13 @@ FILES = {
     subset_as_the_whole: "subset",
     stage_named_afterwards: "named stage",
     another_number: "claim",
+    tail_made_cheaper: "claim",
+    settings_of_the_environment: "settings",
+    another_artifact: "files",
     validation_in_the_training_shards: "separation",
     warm_up_on_validation: "training text only",
+    training_on_the_stream: "training text only",
+    text_beside_the_script: "decode",
     mebibytes_for_megabytes: "size",
     averaging_left_out_of_the_time: "time",
     smear_across_documents: "documents",

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -37,9 +37,11 @@ from train_gpt import Config, InputError, Run, Stream, Tokenizer
 CAP_BYTES = 16_000_000
 LIMIT_SECONDS = 600.0
 SUM_TOLERANCE = 1e-6  # of a row, in float64
-BITS_TOLERANCE = 1e-3  # of what a run reports, relative
+FILE_TOLERANCE = 1e-3  # of an encoded file, relative to what a run reports, and 8 bytes
+CLAIM_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-4}  # relative, of the bits of the audited head
 RANK_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-4}  # bits per byte between one rank and two
-RUN_TOKENS = 64  # what is shared beyond this is taken from the training text
+RUN_TOKENS = 64  # tokens in a row that are taken for shared text
+LEAST_DOCUMENT_TOKENS = 16  # shorter documents are not looked for
 SHARED_SHARE = 0.02  # of the validation text may stand in such runs by chance: licences, navigation, quotations
 LEAST_CHUNKS = 4  # are scored, so that updates happen in between
 
@@ -60,9 +62,11 @@ class Subject:
     model: train_gpt.GPT
     mixer: train_gpt.Maxent
     stage: str
-    trained: dict | None  # what the record says of training
+    kept: dict  # the artifact's header
+    training: dict | None  # record of the run that trained
     record: dict  # of the run that scored
-    log: str
+    folder: Path  # of that record
+    logs: tuple[str, ...]  # of all runs that were named; the last one scored
     chunks: str = ""  # "" or in which way the chunks are not the run's
     script: Path = Path(train_gpt.__file__)
     make_predictor: Callable = train_gpt.make_predictor
@@ -71,6 +75,15 @@ class Subject:
     def predictor(self, run: Run):
         """A new predictor of the stage, as the run made it."""
         return self.make_predictor(self.stage, self.model, self.mixer, self.c, run, self.tokenizer)
+
+    @property
+    def stated(self) -> dict:
+        """What the record says of the stage."""
+        return self.record["stages"][self.stage]
+
+    def stream_of(self, n_tokens: int) -> Stream:
+        """The first tokens of the validation text; 0 = all."""
+        return Stream(dataclasses.replace(self.c, val_tokens=n_tokens), torch.device("cpu"), self.tokenizer)
 
 
 @dataclass
@@ -102,11 +115,14 @@ class Witness:
         self.random = torch.Generator().manual_seed(len(stream))
 
     def predict(self, inputs: Tensor, rows: slice) -> Tensor:
-        before = train_gpt.fingerprint(self.predictor)
+        positions, before = self.positions(inputs, rows), train_gpt.fingerprint(self.predictor)
+        early = [self.predictor.predict(self.other_future(inputs, j), rows) for j in positions[:1]]
         logp = self.predictor.predict(inputs, rows)
         self.ledger.state_changes += train_gpt.fingerprint(self.predictor) != before
         self.look_at(logp, self.seen + rows.start)
-        for j in self.positions(inputs, rows):
+        for j, after in zip(positions, early, strict=False):  # before the true future was ever seen
+            self.compare(after, logp, j - rows.start)
+        for j in positions:
             self.probe(inputs, rows, logp, j)
         return logp
 
@@ -129,20 +145,26 @@ class Witness:
         """Rows to change the future of: the ends of what was asked for, beginnings of documents, and any."""
         begins = (inputs[rows] == self.stream.tokens[0].to(inputs)).nonzero().flatten() + rows.start
         anywhere = torch.randint(rows.start, max(rows.stop, rows.start + 1), (self.probes,), generator=self.random)
-        found = [rows.start, *begins[:2].tolist(), *(begins[:1] - 1).tolist(), *anywhere.tolist(), rows.stop - 2]
-        return sorted({j for j in found if rows.start <= j < min(rows.stop, len(inputs) - 1)})[: 2 * self.probes]
+        begins = [b for begin in begins[: self.probes].tolist() for b in (begin - 1, begin)]
+        found = [*anywhere.tolist(), rows.start, rows.stop - 2, *begins]
+        return list(dict.fromkeys(j for j in found if rows.start <= j < min(rows.stop, len(inputs) - 1)))
+
+    def other_future(self, inputs: Tensor, j: int) -> Tensor:
+        """The inputs with other tokens behind row j's context."""
+        other = torch.randint(0, self.vocab_size, inputs[j + 1 :].shape, generator=self.random)
+        return torch.cat([inputs[: j + 1], other.to(inputs)])
+
+    def compare(self, after: Tensor, logp: Tensor, row: int) -> None:
+        self.ledger.probes += 1
+        self.ledger.moved_rows += int((after[: row + 1] != logp[: row + 1]).any(1).sum())
 
     def probe(self, inputs: Tensor, rows: slice, logp: Tensor, j: int) -> None:
         """Change all that comes after row j's context, then its target alone: neither may move what is before."""
-        ledger, here = self.ledger, j - rows.start
-        other = torch.randint(0, self.vocab_size, inputs[j + 1 :].shape, generator=self.random).to(inputs)
-        after = self.predictor.predict(torch.cat([inputs[: j + 1], other]), rows)
-        ledger.probes += 1
-        ledger.moved_rows += int((after[: here + 1] != logp[: here + 1]).any(1).sum())
-        flipped = inputs.clone()
+        row, flipped = j - rows.start, inputs.clone()
+        self.compare(self.predictor.predict(self.other_future(inputs, j), rows), logp, row)
         flipped[j + 1] = (flipped[j + 1] + 1) % self.vocab_size
-        ledger.flips += 1
-        ledger.moved_by_target += int((self.predictor.predict(flipped, rows)[here] != logp[here]).any())
+        self.ledger.flips += 1
+        self.ledger.moved_by_target += int((self.predictor.predict(flipped, rows)[row] != logp[row]).any())
 
     def update(self, tokens: Tensor) -> None:
         ledger, n = self.ledger, len(tokens) - 1
@@ -159,11 +181,7 @@ def watched_pass(subject: Subject, run: Run, probes: int) -> tuple[Ledger, train
     n = len(subject.stream)
     ledger = Ledger(np.zeros(n, dtype=np.int64), np.zeros(n))
     witness = Witness(subject.predictor(run), subject.stream, ledger, probes, subject.c.vocab_size)
-    return ledger, subject.score(witness, subject.stream, chunk_tokens(subject), run)
-
-
-def chunk_tokens(subject: Subject) -> int:
-    return subject.c.ttt_chunk_tokens if subject.stage in ("ttt", "mixed") else subject.c.val_batch_size
+    return ledger, subject.score(witness, subject.stream, train_gpt.chunk_length(subject.stage, subject.c), run)
 
 
 class ThreadRank(Run):
@@ -187,25 +205,24 @@ class ThreadRank(Run):
         return self.exchange(value, max)
 
 
-def pass_of_ranks(subject: Subject, n_ranks: int, probes: int) -> list[tuple[Ledger, train_gpt.Score]]:
-    """The same pass by several ranks; what each of them saw."""
-    barrier, box, found = threading.Barrier(n_ranks), [None] * n_ranks, [None] * n_ranks
+def pass_of_ranks(subject: Subject, n_ranks: int, probes: int) -> tuple[list[tuple[Ledger, train_gpt.Score]], str]:
+    """The same pass by several ranks: what each of them saw, or nothing and what stopped them."""
+    barrier, box, found = threading.Barrier(n_ranks, timeout=3600), [None] * n_ranks, [None] * n_ranks
+    stopped = []
 
     def work(rank: int) -> None:
         try:
             found[rank] = watched_pass(subject, ThreadRank(subject.run, rank, barrier, box), probes)
-        finally:
-            if found[rank] is None:
-                barrier.abort()
+        except Exception as error:  # of a script that is under suspicion
+            stopped.append(f"{type(error).__name__} {error}")
+            barrier.abort()
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(n_ranks)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    if None in found:
-        raise InputError(f"a pass by {n_ranks} ranks stopped; what is printed above says where")
-    return found
+    return ([], stopped[0].splitlines()[0]) if stopped else (found, "")
 
 
 # ======================================================================================================================
@@ -219,17 +236,15 @@ class Passes:
 
     ledger: Ledger
     score: train_gpt.Score
-    two: list[tuple[Ledger, train_gpt.Score]] = field(default_factory=list)
+    two: list[tuple[Ledger, train_gpt.Score]]  # by rank
+    stopped: str  # why the two did not come through
 
 
 def causal(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """Condition 1: what stands at a position or after it moves no row up to that position's."""
     ledgers = [passes.ledger, *(ledger for ledger, _ in passes.two)]
     probes, moved = sum(x.probes for x in ledgers), sum(x.moved_rows for x in ledgers)
-    return (
-        probes > 0 and not moved,
-        f"all that follows changed at {probes} positions, by 1 rank and 2: {moved} rows moved",
-    )
+    return probes > 0 and not moved, f"another future at {probes} positions, by 1 rank and 2: {moved} rows moved"
 
 
 def documents(subject: Subject, passes: Passes) -> tuple[bool, str]:
@@ -246,6 +261,8 @@ def documents(subject: Subject, passes: Passes) -> tuple[bool, str]:
 
 def ranks(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """The score is the same by one rank and by two."""
+    if passes.stopped:
+        return False, f"2 ranks do not get through: {passes.stopped}"
     difference = max(abs(score.val_bpb - passes.score.val_bpb) for _, score in passes.two)
     allowed = RANK_TOLERANCE[subject.run.dtype]
     return difference <= allowed, f"2 ranks differ from 1 by {difference:.1e} bits per byte; allowed is {allowed:.0e}"
@@ -253,9 +270,9 @@ def ranks(subject: Subject, passes: Passes) -> tuple[bool, str]:
 
 def distribution(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """Condition 2: rows over the whole vocabulary, positive, finite, of sum one, and the same for every target."""
-    x, flawless = passes.ledger, 0
-    passed = x.bad_shape == x.not_finite == x.moved_by_target == flawless and x.sum_error <= SUM_TOLERANCE
-    return passed and x.least > 0 and x.flips > 0, (
+    x = passes.ledger
+    faults = x.bad_shape + x.not_finite + x.moved_by_target
+    return not faults and x.sum_error <= SUM_TOLERANCE and x.least > 0 and x.flips > 0, (
         f"{int(x.predicted.sum())} rows of {subject.c.vocab_size}: |sum - 1| up to {x.sum_error:.1e}, least probability"
         f" {x.least:.1e}, {x.not_finite} not finite, {x.bad_shape} blocks of another shape;"
         f" {x.flips} targets changed: {x.moved_by_target} rows moved"
@@ -263,9 +280,9 @@ def distribution(subject: Subject, passes: Passes) -> tuple[bool, str]:
 
 
 def score_before_update(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """Condition 3: predict leaves the state alone, and update is given scored positions only."""
+    """Condition 3: predict leaves alone what `state` lists, and update is given scored positions only."""
     x = passes.ledger
-    return x.state_changes == x.unscored == x.foreign == 0, (
+    return not x.state_changes + x.unscored + x.foreign, (
         f"predict changed the state {x.state_changes} times; of {x.learned} positions learned from, {x.unscored} were"
         f" not scored before and {x.foreign} hold other tokens"
     )
@@ -284,44 +301,70 @@ def single_pass(subject: Subject, passes: Passes) -> tuple[bool, str]:
 
 def named_stage(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """Condition 4: the stage that is reported was named before the run."""
-    stated = re.search(r"^STAGES=(\S+)$", subject.log, re.MULTILINE)
-    final = re.search(r"^final val_bpb:(\S+) stage:(\S+)", subject.log, re.MULTILINE)
+    stated = re.search(r"^STAGES=(\S+)$", subject.logs[-1], re.MULTILINE)
+    final = re.search(r"^final val_bpb:(\S+) stage:(\S+)", subject.logs[-1], re.MULTILINE)
     if not (stated and final):
         return False, "the log lacks STAGES or its final line"
     bpb, stage = final.groups()
     named = stated.start() < final.start() and stated[1].split(",")[-1] == stage == subject.record["final_stage"]
-    agrees = bpb == f"{subject.record['val_bpb']:.8f}" == f"{subject.record['stages'][subject.stage]['val_bpb']:.8f}"
+    agrees = bpb == f"{subject.record['val_bpb']:.8f}" == f"{subject.stated['val_bpb']:.8f}"
     return named and agrees, f"STAGES={stated[1]} at the top of the log, {stage} {bpb} at its end and in the record"
 
 
+def settings(subject: Subject, passes: Passes) -> tuple[bool, str]:
+    """The run predicted as its artifact says, with no setting of the environment in between."""
+    kept, config = subject.kept["score"], subject.record["config"]
+    other = [f"{name.upper()}={config[name]} for {value}" for name, value in kept.items() if config[name] != value]
+    return not other, f"{len(kept)} settings of scoring in the artifact; in the run {', '.join(other) or 'the same'}"
+
+
 def claim(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """The reported score is that of the per-token record, whose head this audit's own pass gives again."""
-    nats = per_token_nats(subject)
-    if nats is None:
+    """The reported score is the sum over the per-token record, and rows at hand charge its head the same.
+
+    Beyond the head that is audited, a claim is as good as the script: `--tokens 0` watches the whole stream.
+    """
+    by_token = per_token_record(subject)
+    if by_token is None:
         return False, "no per-token record: score with SCORES_PATH=x.npz"
-    stated = subject.record["val_bpb"]
-    whole = nats.sum() / math.log(2) / max(1, subject.record["stages"][subject.stage]["bytes"])
-    if subject.chunks:
-        return abs(whole / stated - 1) < 1e-9, f"val_bpb {stated:.8f}, by token {whole:.8f}; {subject.chunks}"
-    here, there = passes.score.nll_nats.sum().item(), nats[: len(subject.stream)].sum()
-    passed = abs(whole / stated - 1) < 1e-9 and abs(here / there - 1) <= BITS_TOLERANCE
-    return passed, (
-        f"val_bpb {stated:.8f}, by token {whole:.8f}; the first {len(subject.stream)} tokens take"
-        f" {there / math.log(2):.1f} bits there and {here / math.log(2):.1f} here"
+    stream, nats = subject.stream_of(subject.stated["tokens"]), by_token["nll_nats"]
+    columns = (("token", stream.tokens[1:]), ("bytes", stream.token_bytes))
+    sound = all(np.array_equal(by_token[name], values.numpy()) for name, values in columns)
+    sound = sound and len(nats) == len(stream) and np.isfinite(nats).all() and (nats >= 0).all()
+    whole = nats.sum() / math.log(2) / max(1, int(by_token["bytes"].sum()))
+    head = passes.ledger.nats if not subject.chunks else first_chunk_nats(subject)
+    here, there = head.sum() / math.log(2), nats[: len(head)].sum() / math.log(2)
+    agrees = abs(here / there - 1) <= CLAIM_TOLERANCE[subject.run.dtype]
+    return sound and agrees and abs(whole / subject.record["val_bpb"] - 1) < 1e-9, (
+        f"val_bpb {subject.record['val_bpb']:.8f}, by token {whole:.8f}{'' if sound else ' (UNSOUND)'};"
+        f" the first {len(head)} tokens take {there:.1f} bits there and {here:.1f} here"
     )
 
 
-def per_token_nats(subject: Subject) -> np.ndarray | None:
-    """What the run wrote to SCORES_PATH, beside its record if the path is not valid from here."""
-    path = Path(subject.record["config"]["scores_path"])
-    return np.load(path)["nll_nats"] if path.suffix and path.is_file() else None
+def first_chunk_nats(subject: Subject) -> np.ndarray:
+    """What the first tokens are charged before anything is learned, as far as the run's own first chunk goes."""
+    n = min(len(subject.stream), subject.record["config"]["ttt_chunk_tokens"])
+    tokens = subject.stream.tokens[: n + 1].to(subject.run.device)
+    logp = subject.predictor(subject.run).predict(tokens[:-1], slice(0, n))
+    return -logp.gather(1, tokens[1:].unsqueeze(1)).squeeze(1).double().cpu().numpy()
+
+
+def per_token_record(subject: Subject) -> dict[str, np.ndarray] | None:
+    """What the run wrote to SCORES_PATH, or a file of that name beside its record. Raises InputError if unusable."""
+    stated = Path(subject.record["config"]["scores_path"])
+    path = next((x for x in (stated, subject.folder / stated.name) if x.suffix and x.is_file()), None)
+    if path is None:
+        return None
+    try:
+        with np.load(path) as file:
+            return {name: file[name] for name in ("token", "nll_nats", "bytes")}
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"SCORES_PATH={path}: not a per-token record ({error})") from None
 
 
 def bytes_of_text(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """The bytes that the score divides by are those of the decoded text, of all that the run scored."""
-    row = subject.record["stages"][subject.stage]
-    c = dataclasses.replace(subject.c, val_tokens=row["tokens"])
-    stream = Stream(c, torch.device("cpu"), subject.tokenizer)
+    row = subject.stated
+    stream = subject.stream_of(row["tokens"])
     counted, decoded = int(stream.token_bytes.sum()), utf8_length(stream.tokens.tolist(), subject.tokenizer)
     figure = f"{decoded} bytes of text, {counted} by token, {row['bytes']} in the record"
     return decoded == counted == row["bytes"], figure
@@ -341,8 +384,7 @@ def utf8_length(tokens: list[int], tokenizer: Tokenizer) -> int:
 
 def subset(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """A run on a part of the stream says so in its log and its record."""
-    everything = Stream(dataclasses.replace(subject.c, val_tokens=0), torch.device("cpu"), subject.tokenizer)
-    row, final = subject.record["stages"][subject.stage], subject.log.rstrip().splitlines()[-1]
+    everything, row, final = subject.stream_of(0), subject.stated, subject.logs[-1].rstrip().splitlines()[-1]
     whole = (row["tokens"], row["documents"]) == (len(everything), everything.documents)
     labelled = ("whole stream" if whole else "PARTIAL stream") in final and row["whole_stream"] == whole
     return labelled, (
@@ -354,30 +396,36 @@ def subset(subject: Subject, passes: Passes) -> tuple[bool, str]:
 def separation(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """No validation document stands in the training shards, and no more 64-token runs of them than chance brings."""
     tokens = np.concatenate([train_gpt.read_shard(path) for path in train_gpt.find_shards(subject.c, "val")])
-    hashes, n_train, short = run_hashes(tokens), 0, set()
-    found, maybe = np.zeros(len(hashes), dtype=bool), np.zeros(1 << 24, dtype=bool)
-    maybe[hashes >> 40] = True
+    hashes, place = np.unique(run_hashes(tokens), return_inverse=True)
+    found, n_train, short = np.zeros(len(hashes), dtype=bool), 0, set()
+    filter_bits = min(28, max(16, len(hashes).bit_length() + 4))
+    maybe, shift = np.zeros(1 << filter_bits, dtype=bool), np.uint64(64 - filter_bits)
+    maybe[hashes >> shift] = True
     for path in train_gpt.find_shards(subject.c, "train"):
         shard = train_gpt.read_shard(path)
         n_train += len(shard)
         short |= {document.tobytes() for document in split_documents(shard, subject.c) if len(document) < RUN_TOKENS}
         for start in range(0, len(shard), 1 << 22):
             these = run_hashes(shard[start : start + (1 << 22) + RUN_TOKENS - 1])
-            found |= np.isin(hashes, these[maybe[these >> 40]])
-    covered = np.convolve(found, np.ones(RUN_TOKENS))[: len(tokens)] > 0
-    copied = n_documents = 0
-    for document, here in zip(*(split_documents(tokens, subject.c, x) for x in (tokens, covered)), strict=True):
-        n_documents += 1
-        copied += document.tobytes() in short if len(document) < RUN_TOKENS else here.mean() > 0.5
+            these = these[maybe[these >> shift]]
+            at = np.searchsorted(hashes, these).clip(max=len(hashes) - 1)
+            found[at[hashes[at] == these]] = True
+    covered = np.convolve(found[place], np.ones(RUN_TOKENS))[: len(tokens)] > 0
+    documents = list(zip(*(split_documents(tokens, subject.c, x) for x in (tokens, covered)), strict=True))
+    copied = sum(
+        document.tobytes() in short if len(document) < RUN_TOKENS else here.mean() > 0.5
+        for document, here in documents
+        if len(document) >= LEAST_DOCUMENT_TOKENS
+    )
     share = covered.mean()
     return copied == 0 and share <= SHARED_SHARE, (
-        f"{copied} of {n_documents} documents stand mostly in {n_train} training tokens, {int(covered.sum())} tokens"
+        f"{copied} of {len(documents)} documents stand mostly in {n_train} training tokens, {int(covered.sum())} tokens"
         f" ({100 * share:.2f} %) in shared runs of {RUN_TOKENS}; allowed is {100 * SHARED_SHARE:g} %"
     )
 
 
 def split_documents(tokens: np.ndarray, c: Config, values: np.ndarray | None = None) -> list[np.ndarray]:
-    """The values (the tokens themselves) of each document, its BOS left out; what stands before the first BOS too."""
+    """The values (the tokens themselves) of each document without its BOS, from the first BOS on."""
     begins = np.flatnonzero(tokens == c.bos_id)
     return [part[1:] for part in np.split(tokens if values is None else values, begins)[1:]]
 
@@ -391,44 +439,84 @@ def run_hashes(tokens: np.ndarray) -> np.ndarray:
     return number
 
 
-def training_text_only(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """The script trains, averages, calibrates and packs in a folder without validation text, so it reads none."""
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder, "data")
-        data.mkdir()
-        shutil.copy(tokenizer_path(subject.c), data / "tokenizer.model")
-        shard = train_gpt.read_shard(train_gpt.find_shards(subject.c, "train")[0])
-        (data / "x_train_000000.bin").write_bytes(as_shard(shard[: 64 * subject.c.train_seq_len + 1]))
-        given = dict(preset="", phase="train", run_id="rehearsal", log_dir="logs", iterations=2, val_loss_every=0)
-        given |= dict(data_path="data", tokenizer_path="", artifact_path="", scores_path="", torch_compile=False)
-        given |= dict(train_batch_tokens=subject.c.train_seq_len)
-        env = {
-            name.upper(): train_gpt.show(as_setting(value))
-            for name, value in (subject.record["config"] | given).items()
-        }
-        command = [sys.executable, str(Path(subject.script).resolve())]
-        done = subprocess.run(command, cwd=folder, env={**outside_settings(), **env}, capture_output=True, text=True)
-        packed = Path(folder, "logs", "rehearsal.artifact").is_file()
-    said = "" if done.returncode == 0 else ": " + (done.stderr.strip().splitlines() or ["no message"])[-1]
-    steps = "warm-up, 2 steps, averaging, calibration and packing"
-    return (
-        done.returncode == 0 and packed,
-        f"{steps} in a folder without validation text: status {done.returncode}{said}",
-    )
+GUARD = """
+import os, runpy, site, sys
+folders = [os.getcwd(), sys.prefix, sys.base_prefix, *site.getsitepackages(), site.getusersitepackages()]
+folders = [os.path.realpath(x) + os.sep for x in (*folders, "/usr", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev")]
+def refuse(event, arguments):
+    if event == "open" and isinstance(arguments[0], str):
+        path = os.path.realpath(arguments[0])
+        if os.path.exists(path) and not (path + os.sep).startswith(tuple(folders)):
+            raise PermissionError(f"{path} is outside what this process may read")
+sys.argv = sys.argv[1:]
+sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+sys.addaudithook(refuse)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def in_a_folder_of_its_own(folder: str, script: Path, *arguments: str, **env: str) -> tuple[int, str]:
+    """Run a copy of a script there, which can open nothing outside but Python itself: (status, what it said last)."""
+    here = Path(folder, script.parent.name, script.name)
+    here.parent.mkdir(exist_ok=True)
+    shutil.copy(script, here)
+    command = [sys.executable, "-c", GUARD, str(here), *arguments]
+    environment = {**outside_settings(), "TMPDIR": folder, **env}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    said = done.stderr.strip().splitlines()
+    return done.returncode, f": {said[-1]}" if done.returncode and said else ""
+
+
+def outside_settings() -> dict[str, str]:
+    """The environment without what belongs to a run."""
+    belongs = {f.name.upper() for f in dataclasses.fields(Config)} | {"RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH"}
+    return {name: value for name, value in os.environ.items() if name not in belongs}
 
 
 def as_setting(value):
     return tuple(value) if isinstance(value, list) else value
 
 
-def outside_settings() -> dict[str, str]:
-    """The environment without what belongs to a run."""
-    settings = {f.name.upper() for f in dataclasses.fields(Config)} | {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
-    return {name: value for name, value in os.environ.items() if name not in settings}
-
-
 def tokenizer_path(c: Config) -> str:
     return c.tokenizer_path or os.path.join(c.data_path, "tokenizer.model")
+
+
+def training_text_only(subject: Subject, passes: Passes) -> tuple[bool, str]:
+    """The script makes the same artifact whatever the validation text is: two steps on the CPU, and all that follows.
+
+    Both validation texts are training text of the run, and no other can be read.
+    """
+    if subject.training is None:
+        return False, "no record of the training was given"
+    artifacts = [rehearse(subject, part) for part in range(2)]
+    alike = bool(artifacts[0][0]) and artifacts[0][0] == artifacts[1][0]
+    said = "".join(dict.fromkeys(said for _, said in artifacts))
+    return alike, (
+        "warm-up, 2 steps, averaging, quantization, calibration and packing beside two validation texts:"
+        f" {'the same artifact' if alike else 'NOT the same artifact'}{said}"
+    )
+
+
+def rehearse(subject: Subject, part: int) -> tuple[bytes, str]:
+    """The artifact of a very short run by the settings of the run that trained, and what it said if it failed."""
+    c, seq_len = subject.c, subject.c.train_seq_len
+    shard = train_gpt.read_shard(train_gpt.find_shards(c, "train")[0])
+    n = min(64 * seq_len, len(shard) // 2)
+    val_tokens = min(4 * max(seq_len, c.eval_seq_len), (len(shard) - n) // 2)
+    validation = shard[n + part * val_tokens : n + (part + 1) * val_tokens]
+    given = dict(preset="", phase="both", run_id="rehearsal", log_dir="logs", iterations=2, val_loss_every=1, stages=())
+    given |= dict(data_path="data", tokenizer_path="", artifact_path="", scores_path="", device="cpu", val_tokens=0)
+    given |= dict(train_batch_tokens=seq_len, max_wallclock_seconds=0.0, gptq_tokens=seq_len, stages=("roundtrip",))
+    stated = {name.upper(): train_gpt.show(as_setting(x)) for name, x in (subject.training["config"] | given).items()}
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder, "data")
+        data.mkdir()
+        shutil.copy(tokenizer_path(c), data / "tokenizer.model")
+        (data / "x_train_000000.bin").write_bytes(as_shard(shard[:n]))
+        (data / "x_val_000000.bin").write_bytes(as_shard(np.concatenate([[c.bos_id], validation])))
+        status, said = in_a_folder_of_its_own(folder, subject.script, **stated)
+        path = Path(folder, "logs", "rehearsal.artifact")
+        return path.read_bytes() if status == 0 and path.is_file() else b"", said
 
 
 def as_shard(tokens: np.ndarray) -> bytes:
@@ -437,70 +525,69 @@ def as_shard(tokens: np.ndarray) -> bytes:
     return header.tobytes() + tokens.astype("<u2").tobytes()
 
 
-def script(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """The script at hand is the one that scored."""
-    here = hashlib.sha256(Path(subject.script).read_bytes()).hexdigest()
-    logged = re.search(r"^script_sha256:(\S+)$", subject.log, re.MULTILINE)
-    return bool(logged) and logged[
-        1
-    ] == here, f"sha256 {here[:16]} here, {logged[1][:16] if logged else 'none'} in the log"
+def files(subject: Subject, passes: Passes) -> tuple[bool, str]:
+    """The script at hand is the one that trained and scored, and the artifact is the one that the records speak of."""
+    script_sha256 = hashlib.sha256(Path(subject.script).read_bytes()).hexdigest()
+    logged = {sha for log in subject.logs for sha in re.findall(r"^script_sha256:(\S+)$", log, re.MULTILINE)}
+    records = [record for record in (subject.training, subject.record) if record]
+    stated = {record["artifact"].get("sha256", "none") for record in records}
+    return logged == {script_sha256} and stated == {subject.kept["sha256"]}, (
+        f"script {script_sha256[:12]} here, {', '.join(sorted(x[:12] for x in logged)) or 'none'} in the logs;"
+        f" artifact {subject.kept['sha256'][:12]} here, {', '.join(sorted(x[:12] for x in stated))} in the records"
+    )
 
 
 def size(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """Script and artifact under the decimal cap, by the files at hand."""
     code, model = (os.path.getsize(path) for path in (subject.script, subject.c.artifact_path))
-    total, stated = code + model, subject.record["artifact"]
-    agrees = stated["total_bytes"] == stated["code_bytes"] + model and stated["cap_bytes"] == CAP_BYTES
-    return total <= CAP_BYTES and agrees, (
-        f"script {code} + artifact {model} = {total} bytes of {CAP_BYTES}; the record says {stated['total_bytes']} of"
-        f" {stated['cap_bytes']}"
+    stated = subject.record["artifact"]
+    agrees = stated["total_bytes"] == code + model and stated["cap_bytes"] == CAP_BYTES
+    return code + model <= CAP_BYTES and agrees, (
+        f"script {code} + artifact {model} = {code + model} bytes of {CAP_BYTES};"
+        f" the record says {stated['total_bytes']} of {stated['cap_bytes']}"
     )
 
 
 def time(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """Training with all that belongs to it, and evaluation, within 600 s each where the hardware is a GPU."""
-    if subject.trained is None:
+    if subject.training is None:
         return False, "no record of the training was given"
-    t = subject.trained
-    parts = dict(
-        steps=t["seconds"],
-        averaging=t["seconds_with_averaging"] - t["seconds"],
-        calibration=t["calibration_seconds"],
-        packing=t["pack_seconds"],
-    )
-    training, evaluation = sum(parts.values()), subject.record["stages"][subject.stage]["seconds"]
-    on_cpu = "on CPU" in subject.record["hardware"]
-    limit = "no limit on a CPU" if on_cpu else f"limit {LIMIT_SECONDS:g} s each"
+    t = subject.training["train"]
+    parts = dict(steps=t["seconds"], averaging=t["seconds_with_averaging"] - t["seconds"])
+    parts |= {name: t[f"{name}_seconds"] for name in ("quantization", "calibration", "pack")}
+    spent = dict(training=sum(parts.values()), evaluation=subject.stated["seconds"])
+    hardware = dict(training=subject.training["hardware"], evaluation=subject.record["hardware"])
+    over = [name for name, seconds in spent.items() if seconds > LIMIT_SECONDS and "on CPU" not in hardware[name]]
     listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
-    passed = on_cpu or max(training, evaluation) <= LIMIT_SECONDS
-    return passed, f"training {training:.1f} s ({listed}), evaluation {evaluation:.1f} s; {limit}"
+    limits = " and ".join(f"{name} on {hardware[name].split(',')[0]}" for name in spent)
+    return not over, (
+        f"training {spent['training']:.1f} s ({listed}), evaluation {spent['evaluation']:.1f} s; {limits},"
+        f" allowed on GPUs is {LIMIT_SECONDS:g} s each"
+    )
 
 
 def decoded(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """The text comes back, in a process that has the artifact, the bits and a tokenizer, and takes what is reported."""
     stream, c = subject.stream, subject.c
-    data = codec.encode(subject.predictor(subject.run), stream.tokens.to(subject.run.device), chunk_tokens(subject))
-    nats = per_token_nats(subject)
-    from_run = nats is not None and not subject.chunks
-    bits = (nats[: len(stream)].sum() if from_run else passes.ledger.nats.sum()) / math.log(2)
+    length = train_gpt.chunk_length(subject.stage, c)
+    data = codec.encode(subject.predictor(subject.run), stream.tokens.to(subject.run.device), length)
+    by_token = None if subject.chunks else per_token_record(subject)
+    bits = (passes.ledger.nats if by_token is None else by_token["nll_nats"][: len(stream)]).sum() / math.log(2)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "text.bits").write_bytes(data)
         shutil.copy(c.artifact_path, Path(folder, "x.artifact"))
         shutil.copy(tokenizer_path(c), Path(folder, "tokenizer.model"))
-        command = [sys.executable, str(Path(codec.__file__).resolve()), "decode", "--artifact", "x.artifact"]
-        command += ["--tokenizer", "tokenizer.model", "--file", "text.bits", "--out", "text"]
-        kept = {name.upper(): train_gpt.show(getattr(c, name)) for name in c.marked("score")}
-        runtime = dict(
-            STAGES=subject.stage, DEVICE=c.device, DTYPE=c.dtype, MICRO_BATCH_TOKENS=str(c.micro_batch_tokens)
-        )
-        env = {**outside_settings(), **kept, **runtime}
-        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-        text = Path(folder, "text").read_bytes() if done.returncode == 0 else b""
+        shutil.copy(subject.script, Path(folder, "train_gpt.py"))
+        named = ("--artifact", "x.artifact", "--tokenizer", "tokenizer.model", "--file", "text.bits", "--out", "text")
+        env = dict(STAGES=subject.stage, DEVICE=c.device, DTYPE=c.dtype, MICRO_BATCH_TOKENS=str(c.micro_batch_tokens))
+        env |= dict(TTT_CHUNK_TOKENS=str(c.ttt_chunk_tokens)) if subject.chunks else {}
+        status, said = in_a_folder_of_its_own(folder, Path(codec.__file__), "decode", *named, **env)
+        text = Path(folder, "text").read_bytes() if status == 0 else b""
     equal = text == codec.as_text(stream.tokens, subject.tokenizer)
-    close = abs(8 * len(data) - bits) <= BITS_TOLERANCE * bits + 64
-    said = "" if done.returncode == 0 else ": " + (done.stderr.strip().splitlines() or ["no message"])[-1]
+    close = abs(8 * len(data) - bits) <= FILE_TOLERANCE * bits + 64
+    source = "this pass" if by_token is None else "the run"
     return equal and close, (
-        f"{len(stream)} tokens in {len(data)} bytes, {bits / 8:.1f} by {'the run' if from_run else 'this pass'};"
+        f"{len(stream)} tokens in {len(data)} bytes, {bits / 8:.1f} by {source};"
         f" text of {len(text)} bytes {'identical' if equal else 'NOT identical'}{said}"
         f"{'; ' + subject.chunks if subject.chunks else ''}"
     )
@@ -514,12 +601,13 @@ CHECKS = {
     "score before update": score_before_update,
     "single pass": single_pass,
     "named stage": named_stage,
+    "settings": settings,
     "claim": claim,
     "bytes": bytes_of_text,
     "subset": subset,
     "separation": separation,
     "training text only": training_text_only,
-    "script": script,
+    "files": files,
     "size": size,
     "time": time,
     "decode": decoded,
@@ -529,7 +617,7 @@ CHECKS = {
 def audit(subject: Subject, names=tuple(CHECKS), probes: int = 4, say=lambda name, passed, figure: None) -> dict:
     """{check: (passed, figure)} of the named checks, in order."""
     ledger, score = watched_pass(subject, subject.run, probes)
-    passes = Passes(ledger, score, pass_of_ranks(subject, 2, 1))
+    passes = Passes(ledger, score, *pass_of_ranks(subject, 2, 1))
     found = {}
     for name in names:
         found[name] = CHECKS[name](subject, passes)
@@ -542,25 +630,29 @@ def audit(subject: Subject, names=tuple(CHECKS), probes: int = 4, say=lambda nam
 # ======================================================================================================================
 
 
-def read_records(paths: list[str], artifact: str) -> tuple[dict | None, dict, str]:
-    """What is said of training, the record of the score, and that run's log. Raises InputError."""
-    trained, scored, log = None, None, ""
-    for path in map(Path, paths or [Path(artifact).with_suffix(".json")]):
+def read_records(paths: list[str]) -> tuple[dict | None, dict, Path, tuple[str, ...]]:
+    """The record of training, that of the score and its folder, and all logs, the scoring one last.
+
+    Raises InputError.
+    """
+    training, scored, logs = None, None, []
+    for path in map(Path, paths):
         try:
-            record = json.loads(path.read_text())
-            text = path.with_suffix(".txt").read_text()
-        except (OSError, ValueError) as error:
-            raise InputError(f"--record={path}: {error}; allowed is a run's JSON with its log beside it") from None
-        trained = record["train"] or trained
-        scored, log = (record, text) if record["stages"] else (scored, log)
+            record, log = json.loads(path.read_text()), path.with_suffix(".txt").read_text()
+            training = record if record["train"] else training
+            scored = (record, path.parent, log) if record["stages"] else scored
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"--record={path}: {error!r}; allowed is a run's JSON with its log beside it") from None
+        logs.append(log)
     if scored is None:
-        raise InputError("--record: no run that scored is among them; PHASE=eval makes one")
-    return trained, scored, log
+        raise InputError(f"--record={','.join(paths)}: no run that scored; PHASE=eval makes one")
+    record, folder, last = scored
+    return training, record, folder, (*[log for log in logs if log is not last], last)
 
 
-def shortened(c: Config, n_tokens: int) -> tuple[int, str]:
+def shortened(c: Config, stage: str, n_tokens: int) -> tuple[int, str]:
     """Chunks of which several fit into the tokens, and in words how they differ from the run's."""
-    if n_tokens >= LEAST_CHUNKS * c.ttt_chunk_tokens:
+    if n_tokens >= LEAST_CHUNKS * c.ttt_chunk_tokens or train_gpt.chunk_length(stage, c) != c.ttt_chunk_tokens:
         return c.ttt_chunk_tokens, ""
     length = max(c.eval_stride, n_tokens // LEAST_CHUNKS // c.eval_stride * c.eval_stride)
     return length, f"chunks of {length} tokens instead of the run's {c.ttt_chunk_tokens}"
@@ -568,18 +660,39 @@ def shortened(c: Config, n_tokens: int) -> tuple[int, str]:
 
 def subject_of(args) -> Subject:
     """The run that the arguments name. Raises InputError."""
-    trained, record, log = read_records(args.record, args.artifact)
-    stated = record["config"]
-    kept = {name.upper(): train_gpt.show(stated[name]) for name in ("device", "dtype", "micro_batch_tokens")}
-    c, _, parts = codec.in_force(args.artifact, args.data, VAL_TOKENS=args.tokens, STAGES=record["final_stage"], **kept)
-    score_settings = {name: as_setting(stated[name]) for name in c.marked("score")}
-    c = dataclasses.replace(c, **score_settings)
+    training, record, folder, logs = read_records(args.record or [str(Path(args.artifact).with_suffix(".json"))])
+    try:
+        stage, config = record["final_stage"], record["config"]
+        limit = record["stages"][stage]["tokens"]
+        names = ("device", "dtype", "micro_batch_tokens", *train_gpt.Config().marked("score"))
+        as_run = {name.upper(): train_gpt.show(as_setting(config[name])) for name in names}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"--record: the record of the score lacks {error}; this script's records have it") from None
+    head = min(args.tokens or limit, limit)
+    c, kept, parts = codec.in_force(args.artifact, args.data, **{**as_run, "VAL_TOKENS": head, "STAGES": stage})
     run, tokenizer = Run(c), Tokenizer(c)
+    train_gpt.check_tokenizer(kept, tokenizer, args.artifact)
     stream = Stream(c, run.device, tokenizer)
-    length, words = shortened(c, len(stream))
+    length, words = shortened(c, stage, len(stream))
     c = dataclasses.replace(c, ttt_chunk_tokens=length)
     model, mixer = train_gpt.unpack(parts, c, run)
-    return Subject(c, run, tokenizer, stream, model, mixer, record["final_stage"], trained, record, log, words)
+    return Subject(c, run, tokenizer, stream, model, mixer, stage, kept, training, record, folder, logs, words)
+
+
+def report_of(subject: Subject, found: dict) -> dict:
+    """What `--report` writes."""
+    return dict(
+        run_id=subject.record["run_id"],
+        val_bpb=subject.record["val_bpb"],
+        stage=subject.stage,
+        artifact_sha256=subject.kept["sha256"],
+        script_sha256=hashlib.sha256(Path(subject.script).read_bytes()).hexdigest(),
+        tokens=len(subject.stream),
+        chunks=subject.chunks or "the run's",
+        hardware=subject.run.hardware(),
+        versions=train_gpt.versions(),
+        checks={name: dict(passed=bool(passed), figure=figure) for name, (passed, figure) in found.items()},
+    )
 
 
 def main() -> int:
@@ -603,19 +716,12 @@ def main() -> int:
             print(f"{'PASS' if passed else 'FAIL'}  {name:<20} {figure}", flush=True)
 
         found = audit(subject, say=say)
+        if args.report:
+            report = (json.dumps(report_of(subject, found), indent=1) + "\n").encode()
+            train_gpt.write_atomically(Path(args.report), report)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if args.report:
-        report = dict(
-            artifact_sha256=hashlib.sha256(Path(args.artifact).read_bytes()).hexdigest(),
-            tokens=len(subject.stream),
-            chunks=subject.chunks or "the run's",
-            hardware=subject.run.hardware(),
-            versions=train_gpt.versions(),
-            checks={name: dict(passed=bool(passed), figure=figure) for name, (passed, figure) in found.items()},
-        )
-        train_gpt.write_atomically(Path(args.report), (json.dumps(report, indent=1) + "\n").encode())
     failed = [name for name, (passed, _) in found.items() if not passed]
     print(
         f"{len(found) - len(failed)} of {len(found)} checks passed"

@@ -3,17 +3,19 @@
 python tools/codec.py encode --artifact A --data D --tokens N --out F           # the head of the validation stream
 python tools/codec.py decode --artifact A --tokenizer T --file F --out text.txt  # elsewhere, from A, T and F alone
 
-How a text is predicted is part of the artifact; a setting in the environment (TTT_CHUNK_TOKENS=512) overrides it, on
-both sides alike.
+How a text is predicted is part of the artifact; a setting in the environment (TTT_CHUNK_TOKENS=512) overrides it.
+Both sides need the same, and the same STAGES, DEVICE, DTYPE and MICRO_BATCH_TOKENS, which belong to the machine.
 
 Both sides must have each row to the last bit, the encoder with the whole chunk at hand and the decoder with zeros
 where it knows no token yet. They have, because both ask `predict` for the same EVAL_STRIDE rows at a time, so that
-every tensor has the same shape, and then a row's arithmetic does not touch what comes after it: attention adds exact
-zeros for later positions, a matrix product's sums run over channels and not over rows, the context index compares
-integers, and the mixer's network runs on blocks of one size, in which an entry's place depends on earlier rows only.
+dense tensors have the same shapes, and then a row's arithmetic does not touch what comes after it: attention adds
+exact zeros for later positions, a matrix product's sums run over channels and not over rows, the context index
+compares integers, and the mixer's network runs on blocks of one size, in which an entry's place depends on earlier
+rows only. What is done number by number (exp, log) gives the same bits wherever in a tensor the number stands.
 `update` is given equal tensors on both sides and is the same function of them on CPU; on CUDA,
 torch.use_deterministic_algorithms picks kernels that add in a fixed order, and nothing is compiled, because
-autotuning may choose differently in each process.
+autotuning may choose differently in each process. None of this is taken on trust: where it failed, the checksum would
+tell.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ import train_gpt
 from train_gpt import Config, InputError, Run, Stream, Tokenizer
 
 MAGIC = b"\xb7"  # one byte: a file is measured by its length
-CHECKSUM_BYTES = 4
+CHECKSUM_BYTES, MOST_TOKENS = 4, 2**31 - 1
 UNKNOWN = 0  # stands where the decoder knows no token yet
 
 
@@ -42,6 +44,8 @@ def in_force(artifact: str | Path, data: str | Path, **overrides) -> tuple[Confi
     """The settings that the artifact is scored with here, its header and its parts. Raises InputError."""
     given = dict(PHASE="eval", ARTIFACT_PATH=artifact, DATA_PATH=data, TORCH_COMPILE=0, **overrides)
     env = {**os.environ, **{name: str(value) for name, value in given.items()}}
+    if env.get("WORLD_SIZE", "1") != "1":
+        raise InputError(f"WORLD_SIZE={env['WORLD_SIZE']}: allowed is 1; run this with python, not with torchrun")
     header, parts = train_gpt.read_artifact(artifact)
     return train_gpt.as_packed(Config.from_env(env), header, env), header, parts
 
@@ -73,7 +77,7 @@ def as_bytes(encoder) -> bytes:
     for zeros in range(8, -1, -1):
         number = -(-low >> 8 * zeros) << 8 * zeros  # rounded up
         if number < low + size:
-            return number.to_bytes(n_bytes, "big")[: n_bytes - zeros]
+            return number.to_bytes(n_bytes, "big").rstrip(b"\0")
     raise AssertionError("a range coder's interval is never empty")
 
 
@@ -98,9 +102,10 @@ def to_varint(n: int) -> bytes:
 def from_varint(data: bytes) -> tuple[int, bytes]:
     """The number and what follows it. Raises InputError if it does not end."""
     last = next((i for i, byte in enumerate(data[:5]) if byte < 128), None)
-    if last is None:
-        raise InputError("encoded file: it names no number of tokens")
-    return sum((byte & 127) << (7 * i) for i, byte in enumerate(data[: last + 1])), data[last + 1 :]
+    n = 0 if last is None else sum((byte & 127) << (7 * i) for i, byte in enumerate(data[: last + 1]))
+    if last is None or n > MOST_TOKENS:
+        raise InputError(f"encoded file: it names {n or 'no'} tokens; allowed are up to {MOST_TOKENS}")
+    return n, data[last + 1 :]
 
 
 # ======================================================================================================================
@@ -163,19 +168,29 @@ def decode(predictor, data: bytes, bos_id: int, chunk_tokens: int, device: torch
 # ======================================================================================================================
 
 
-def final_predictor(c: Config, parts: dict[str, bytes], run: Run, tokenizer: Tokenizer):
-    return train_gpt.make_predictor(c.stages[-1], *train_gpt.unpack(parts, c, run), c, run, tokenizer)
+def prepare(artifact: str, data: str | Path, **overrides):
+    """(settings, run, tokenizer, predictor of the last of STAGES, its chunks' length). Raises InputError."""
+    c, header, parts = in_force(artifact, data, **overrides)
+    run, tokenizer, stage = Run(c), Tokenizer(c), c.stages[-1]
+    train_gpt.check_tokenizer(header, tokenizer, artifact)
+    predictor = train_gpt.make_predictor(stage, *train_gpt.unpack(parts, c, run), c, run, tokenizer)
+    return c, run, tokenizer, predictor, train_gpt.chunk_length(stage, c)
+
+
+def write(path: str, data: bytes) -> None:
+    try:
+        train_gpt.write_atomically(Path(path), data)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; allowed is a file that can be written") from None
 
 
 def run_encode(args) -> None:
-    c, _, parts = in_force(args.artifact, args.data, VAL_TOKENS=args.tokens)
-    run, tokenizer = Run(c), Tokenizer(c)
+    c, run, tokenizer, predictor, length = prepare(args.artifact, args.data, VAL_TOKENS=args.tokens)
     stream = Stream(c, run.device, tokenizer)
-    predictor = final_predictor(c, parts, run, tokenizer)
-    data = encode(predictor, stream.tokens.to(run.device), c.ttt_chunk_tokens)
-    train_gpt.write_atomically(Path(args.out), data)
+    data = encode(predictor, stream.tokens.to(run.device), length)
+    write(args.out, data)
     if args.text:
-        train_gpt.write_atomically(Path(args.text), as_text(stream.tokens, tokenizer))
+        write(args.text, as_text(stream.tokens, tokenizer))
     n_bytes = int(stream.token_bytes.sum())
     rate = f"{8 * len(data) / n_bytes:.4f} bits a byte"
     print(f"{len(stream)} tokens, {n_bytes} bytes of text, in {len(data)} bytes: {rate}")
@@ -183,15 +198,12 @@ def run_encode(args) -> None:
 
 def run_decode(args) -> None:
     folder = os.path.dirname(os.path.abspath(args.tokenizer))
-    c, _, parts = in_force(args.artifact, folder, TOKENIZER_PATH=args.tokenizer)
-    run, tokenizer = Run(c), Tokenizer(c)
+    c, run, tokenizer, predictor, length = prepare(args.artifact, folder, TOKENIZER_PATH=args.tokenizer)
     try:
         data = Path(args.file).read_bytes()
     except OSError as error:
         raise InputError(f"--file={args.file}: {error.strerror}") from None
-    predictor = final_predictor(c, parts, run, tokenizer)
-    tokens = decode(predictor, data, c.bos_id, c.ttt_chunk_tokens, run.device)
-    train_gpt.write_atomically(Path(args.out), as_text(tokens, tokenizer))
+    write(args.out, as_text(decode(predictor, data, c.bos_id, length, run.device), tokenizer))
 
 
 def documents(tokens: list[int], tokenizer: Tokenizer) -> list[str]:
