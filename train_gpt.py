@@ -1541,23 +1541,27 @@ def input_products(model: GPT, batch: Tensor, c: Config, run: Run) -> dict[str, 
 
 
 def choose_symbols(model: GPT, c: Config, run: Run) -> tuple[Quantized, float]:
-    """What the artifact will hold of the quantized parameters, and the seconds that it took to choose."""
-    clock, loader, quantized = Clock(run), TrainLoader(c, run), rounded(model, c)
-    params, batch = quantized_parameters(model), loader.held_out_batch()
+    """What the artifact will hold of the quantized parameters, and the seconds that it took to choose.
 
-    def loss() -> float:
-        return run.sum(held_out_nats(model, batch, c)).item() / (loader.averaging * c.train_seq_len)
-
-    losses = dict(float=loss())
-    with with_weights(model, quantized):
-        losses["rounded"] = loss()
+    Rounding to the nearest level or GPTQ: what does better on training text that no step has seen. Late QAT trains
+    the model for the nearest levels, so that GPTQ need not win.
+    """
+    clock, loader, params = Clock(run), TrainLoader(c, run), quantized_parameters(model)
+    candidates, batch = {"rounded": rounded(model, c)}, loader.held_out_batch()
     if c.gptq_tokens:
         products = input_products(model, loader.first_sequences(c.gptq_tokens), c, run)
-        quantized |= {name: gptq(params[name].detach(), x, *quantizer_of(name, c)) for name, x in products.items()}
-        with with_weights(model, quantized):
-            losses["gptq"] = loss()
-    run.log("quantization: " + " ".join(f"{name}:{nats:.5f}" for name, nats in losses.items()) + " nats per token")
-    return quantized, round(run.max(clock.seconds()), 3)
+        fitted = {name: gptq(params[name].detach(), x, *quantizer_of(name, c)) for name, x in products.items()}
+        candidates["gptq"] = candidates["rounded"] | fitted
+
+    def loss(weights) -> float:
+        with weights:
+            return run.sum(held_out_nats(model, batch, c)).item() / (loader.averaging * c.train_seq_len)
+
+    losses = {name: loss(with_weights(model, quantized)) for name, quantized in candidates.items()}
+    best = min(losses, key=losses.get)
+    losses["float"] = loss(nullcontext())
+    run.log("quantization: " + " ".join(f"{name}:{nats:.5f}" for name, nats in losses.items()) + f" chosen:{best}")
+    return candidates[best], round(run.max(clock.seconds()), 3)
 
 
 def pack(model: GPT, quantized: Quantized, mixer: Maxent, c: Config, tokenizer_sha256: str) -> bytes:

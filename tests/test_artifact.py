@@ -201,8 +201,11 @@ def test_gptq_bears_inputs_that_are_always_zero():
     assert torch.isfinite(dequantize(*gptq(matrix(4, 12, 0, 0), torch.zeros(12, 12), 6, 6.0))).all()
 
 
+NAME = "blocks.0.up.weight"
+
+
 def test_input_products_are_those_of_the_inputs(tiny_config):
-    """Of the first block's up projection, by a forward hook on its own; and a run's artifact holds GPTQ's symbols."""
+    """Of the first block's up projection, by a hook of its own."""
     c = tiny_config(gptq_tokens=128)
     model, run = filled(c), Run(c)
     batch = train_gpt.TrainLoader(c, run).first_sequences(c.gptq_tokens)
@@ -213,13 +216,24 @@ def test_input_products_are_those_of_the_inputs(tiny_config):
     hook.remove()
     x = torch.cat(inputs).double()
     assert len(x) == 128
-    torch.testing.assert_close(products["blocks.0.up.weight"].double(), x.T @ x, atol=1e-3, rtol=1e-4)
-    quantized, _ = train_gpt.choose_symbols(model, c, run)
-    w = model.blocks[0].up.weight.detach()
-    assert torch.equal(quantized["blocks.0.up.weight"][0], gptq(w, products["blocks.0.up.weight"], 6, 6.0)[0])
-    plain = rounded(model, c)
-    assert torch.equal(quantized["tok_emb.weight"][0], plain["tok_emb.weight"][0])
-    assert all(torch.equal(quantized[name][1], plain[name][1]) for name in plain)
+    torch.testing.assert_close(products[NAME].double(), x.T @ x, atol=1e-3, rtol=1e-4)
+
+
+def test_the_symbols_that_do_better_on_held_out_text_are_chosen(tiny_config, monkeypatch):
+    c, run = tiny_config(gptq_tokens=128), Run(tiny_config())
+    model, losses = filled(c), iter([2.0, 1.0, 0.5, 1.0, 2.0, 0.5, 3.0, 0.5])  # rounded, gptq, float, ...
+    monkeypatch.setattr(train_gpt, "held_out_nats", lambda *_: torch.tensor(next(losses)))
+    monkeypatch.setattr(train_gpt, "input_products", lambda model, batch, c, run: {NAME: torch.eye(32) + products})
+    products = 1e3 * products_of(32, 0, 0.3)
+    fitted, nearest = (
+        gptq(dict(model.named_parameters())[NAME].detach(), torch.eye(32) + products, 6, 6.0),
+        rounded(model, c),
+    )
+    assert not torch.equal(fitted[0], nearest[NAME][0])
+    assert torch.equal(train_gpt.choose_symbols(model, c, run)[0][NAME][0], fitted[0])
+    assert torch.equal(train_gpt.choose_symbols(model, c, run)[0][NAME][0], nearest[NAME][0])
+    none = train_gpt.choose_symbols(model, tiny_config(gptq_tokens=0), run)[0]
+    assert all(torch.equal(none[name][0], nearest[name][0]) for name in nearest)
 
 
 # Round trip
