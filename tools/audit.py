@@ -329,7 +329,7 @@ def claim(subject: Subject, passes: Passes) -> tuple[bool, str]:
     stream, nats = subject.stream_of(subject.stated["tokens"]), by_token["nll_nats"]
     columns = (("token", stream.tokens[1:]), ("bytes", stream.token_bytes))
     sound = all(np.array_equal(by_token[name], values.numpy()) for name, values in columns)
-    sound = sound and len(nats) == len(stream) and np.isfinite(nats).all() and (nats >= 0).all()
+    sound = sound and len(nats) == len(stream) and np.isfinite(nats).all() and (nats > -SUM_TOLERANCE).all()
     whole = nats.sum() / math.log(2) / max(1, int(by_token["bytes"].sum()))
     head = passes.ledger.nats if not subject.chunks else first_chunk_nats(subject)
     here, there = head.sum() / math.log(2), nats[: len(head)].sum() / math.log(2)
