@@ -1281,7 +1281,6 @@ def weights_replaced(params: list[nn.Parameter], replacements: list[Tensor]):
             torch._foreach_copy_(params, floats)
 
 
-@torch.no_grad()
 def fake_quantized(model: GPT, c: Config):
     """Late QAT: the weights as the artifact will hold them, by the artifact's own quantizer."""
     return with_weights(model, rounded(model, c))
@@ -1322,7 +1321,7 @@ def warm_up(model: GPT, called, optimizers: Optimizers, c: Config, run: Run) -> 
         batch = torch.randint(c.vocab_size, shape, generator=generator).to(run.device)
         accumulate_gradients(called, batch, None, c)
         optimizers.step(lr_scale=1.0, muon_momentum=c.muon_momentum)
-        held_out_nats(called, batch, c)
+        batch_nats(called, batch, c)
         run.log(f"warmup_step:{step + 1}/{c.warmup_steps}")
     with torch.no_grad():
         torch._foreach_copy_(list(model.parameters()), weights)
@@ -1330,7 +1329,7 @@ def warm_up(model: GPT, called, optimizers: Optimizers, c: Config, run: Run) -> 
 
 
 @torch.no_grad()
-def held_out_nats(called, batch: Tensor, c: Config) -> Tensor:
+def batch_nats(called, batch: Tensor, c: Config) -> Tensor:
     """The sum of nats over a rank's sequences [n, T + 1], without gradients."""
     nats = [token_nll(called, inputs, targets).sum() for inputs, targets in micro_batches(batch, c)]
     return torch.stack(nats).sum() if nats else torch.zeros((), device=batch.device)
@@ -1339,12 +1338,13 @@ def held_out_nats(called, batch: Tensor, c: Config) -> Tensor:
 def choose_average(model: GPT, called, averages: WeightAverages, loader: TrainLoader, c: Config, run: Run) -> None:
     """Put in the weights that do best on training text that no step has seen, each with its matrices as stored.
 
-    Validation text has no part in it. The log gets each candidate's loss.
+    Validation text has no part in it. `As stored` is at the nearest levels, before GPTQ is tried. The log gets each
+    candidate's loss.
     """
     batch = loader.held_out_batch()
 
     def loss() -> float:
-        return run.sum(held_out_nats(called, batch, c)).item() / (loader.averaging * c.train_seq_len)
+        return run.sum(batch_nats(called, batch, c)).item() / (loader.averaging * c.train_seq_len)
 
     losses, candidates = {}, averages.candidates()
     for name, weights in candidates.items():
@@ -1436,6 +1436,8 @@ PREFIX = struct.Struct("<5sBI")  # magic, version, header bytes; a sha256 of all
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
 SMALLEST_SCALE = 2.0**-24  # of float16
 CODED = "integers_coded"  # the part that LZMA would only make longer
+INTEGER_PARTS = dict(lzma={"integers"}, range={"spreads", "frequencies", CODED})  # by CODEC
+FLOAT16_PARTS = {"scales", "float16", "mixer"}
 
 
 def quantizer_of(name: str, c: Config) -> tuple[int, float]:
@@ -1534,7 +1536,7 @@ def input_products(model: GPT, batch: Tensor, c: Config, run: Run) -> dict[str, 
         return maps[name].register_forward_pre_hook(add)
 
     handles = [watch(name) for name in maps]
-    held_out_nats(model, batch, c)
+    batch_nats(model, batch, c)
     for handle in handles:
         handle.remove()
     return {name: run.sum(total) for name, total in sums.items()}
@@ -1550,12 +1552,15 @@ def choose_symbols(model: GPT, c: Config, run: Run) -> tuple[Quantized, float]:
     candidates, batch = {"rounded": rounded(model, c)}, loader.held_out_batch()
     if c.gptq_tokens:
         products = input_products(model, loader.first_sequences(c.gptq_tokens), c, run)
+        broken = [name for name, x in products.items() if not torch.isfinite(x).all()]
+        if broken:
+            raise InputError(f"weight {broken[0]}: its inputs on training text are not finite")
         fitted = {name: gptq(params[name].detach(), x, *quantizer_of(name, c)) for name, x in products.items()}
         candidates["gptq"] = candidates["rounded"] | fitted
 
     def loss(weights) -> float:
         with weights:
-            return run.sum(held_out_nats(model, batch, c)).item() / (loader.averaging * c.train_seq_len)
+            return run.sum(batch_nats(model, batch, c)).item() / (loader.averaging * c.train_seq_len)
 
     losses = {name: loss(with_weights(model, quantized)) for name, quantized in candidates.items()}
     best = min(losses, key=losses.get)
@@ -1598,7 +1603,7 @@ def encode_integers(tensors: list[np.ndarray], codec: str) -> dict[str, bytes]:
     }
 
 
-def decode_integers(parts: dict[str, bytes], shapes: list[torch.Size], codec: str) -> list[np.ndarray]:
+def decode_integers(parts: dict[str, bytes], shapes: list[tuple[int, int]], codec: str) -> list[np.ndarray]:
     """What `encode_integers` was given. Raises InputError if the parts do not hold just that."""
     ends = np.cumsum([rows * cols for rows, cols in shapes])
     if codec == "lzma":
@@ -1608,7 +1613,7 @@ def decode_integers(parts: dict[str, bytes], shapes: list[torch.Size], codec: st
         spreads = exactly(parts, "spreads", "u1", columns[-1])
         classes = class_of_each(np.split(spreads, columns[:-1]), shapes)
         frequencies = exactly(parts, "frequencies", "<u2", 256 * (int(classes.max()) + 1))
-        symbols = range_decode(parts[CODED], classes, frequencies.reshape(-1, 256).astype(np.int64))
+        symbols = range_decode(parts.get(CODED, b""), classes, frequencies.reshape(-1, 256).astype(np.int64))
     return [x.reshape(shape) for x, shape in zip(np.split(symbols, ends[:-1]), shapes, strict=True)]
 
 
@@ -1629,7 +1634,7 @@ def spread(symbols: np.ndarray) -> np.ndarray:
     return np.rint(4 * np.log2(rms + 0.25) + 8).astype(np.uint8)
 
 
-def class_of_each(spreads: list[np.ndarray], shapes) -> np.ndarray:
+def class_of_each(spreads: list[np.ndarray], shapes: list[tuple[int, int]]) -> np.ndarray:
     """The class of every integer of all tensors: the rank of its column's spread among those that occur, uint8 [n]."""
     _, rank = np.unique(np.concatenate(spreads), return_inverse=True)
     ranks = np.split(rank.astype(np.uint8), np.cumsum([len(x) for x in spreads])[:-1])
@@ -1644,8 +1649,9 @@ CODER_LANES, CODER_BITS, FIRST_STATE = 512, 14, 1 << 16
 def count_frequencies(symbols: np.ndarray, classes: np.ndarray) -> np.ndarray:
     """How often each int8 value, as uint8, occurs in each class, in parts of 2^CODER_BITS: int64 [classes, 256]."""
     counts = np.zeros(256 * (int(classes.max()) + 1), dtype=np.int64)
-    for part in np.array_split(np.arange(len(symbols)), 1 + len(symbols) // 2**22):
-        counts += np.bincount(cells(symbols[part].view(np.uint8), classes[part]), minlength=len(counts))
+    n_blocks = 1 + len(symbols) // 2**22
+    for values, of in zip(*(np.array_split(x, n_blocks) for x in (symbols.view(np.uint8), classes)), strict=True):
+        counts += np.bincount(cells(values, of), minlength=len(counts))
     counts = counts.reshape(-1, 256)
     seen = counts > 0
     shares = counts * ((1 << CODER_BITS) - seen.sum(1, keepdims=True)) // counts.sum(1, keepdims=True) + seen
@@ -1680,6 +1686,8 @@ def range_encode(symbols: np.ndarray, classes: np.ndarray, frequencies: np.ndarr
 
 def range_decode(data: bytes, classes: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
     """What `range_encode` was given, int8 [n]. Raises InputError unless the data is used up and ends as it began."""
+    if (frequencies.sum(axis=1) != 1 << CODER_BITS).any():
+        raise InputError(f"artifact: part frequencies: a table does not add up to {1 << CODER_BITS}")
     frequency, first = frequencies.ravel().astype(np.uint64), first_parts(frequencies)
     value_at = np.tile(np.arange(256, dtype=np.uint8), len(frequencies)).repeat(frequencies.ravel())
     if len(data) < 4 * CODER_LANES or len(data) % 2:
@@ -1752,6 +1760,8 @@ def read_artifact(path: str | Path) -> tuple[dict, dict[str, bytes]]:
         raw = body[start : start + size]
         parts[part] = raw if part == CODED else lzma.decompress(raw, format=lzma.FORMAT_RAW, filters=LZMA_FILTERS)
         start += size
+    if start != len(body):
+        raise InputError(f"ARTIFACT_PATH={path}: {len(body) - start} bytes behind its last part; allowed are none")
     return header, parts
 
 
@@ -1773,8 +1783,10 @@ def as_packed(c: Config, header: dict, env: dict[str, str]) -> Config:
 def unpack(parts: dict[str, bytes], c: Config, run: Run) -> tuple[GPT, Maxent]:
     """The model and the mixer that an artifact's parts hold, on the run's device.
 
-    Raises InputError if their sizes do not fit.
+    Raises InputError if a part is missing, unknown or of another size.
     """
+    if unknown := set(parts) - INTEGER_PARTS[c.codec] - FLOAT16_PARTS:
+        raise InputError(f"artifact: unknown part {sorted(unknown)[0]}; CODEC={c.codec} has none of that name")
     model, mixer = GPT(c, run.dtype), Maxent(c)
     quantized = quantized_parameters(model)
     others = [p for name, p in model.named_parameters() if name not in quantized]
@@ -2529,11 +2541,11 @@ def log_results(record: dict, run: Run) -> None:
     run.log(f"final val_bpb:{record['val_bpb']:.8f} stage:{record['final_stage']} {scope}")
 
 
-def save_artifact(path: Path, run: Run, *packed) -> float:
-    """Write what `pack` makes on the main rank; returns the seconds that all ranks waited for it."""
+def save_artifact(path: Path, run: Run, *contents) -> float:
+    """Write what `pack` makes of the contents, on the main rank; returns the seconds that all waited for it."""
     clock = Clock(run)
     if run.is_main:
-        write_atomically(path, pack(*packed))
+        write_atomically(path, pack(*contents))
     return round(run.max(clock.seconds()), 3)
 
 

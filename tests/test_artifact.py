@@ -222,7 +222,7 @@ def test_input_products_are_those_of_the_inputs(tiny_config):
 def test_the_symbols_that_do_better_on_held_out_text_are_chosen(tiny_config, monkeypatch):
     c, run = tiny_config(gptq_tokens=128), Run(tiny_config())
     model, losses = filled(c), iter([2.0, 1.0, 0.5, 1.0, 2.0, 0.5, 3.0, 0.5])  # rounded, gptq, float, ...
-    monkeypatch.setattr(train_gpt, "held_out_nats", lambda *_: torch.tensor(next(losses)))
+    monkeypatch.setattr(train_gpt, "batch_nats", lambda *_: torch.tensor(next(losses)))
     monkeypatch.setattr(train_gpt, "input_products", lambda model, batch, c, run: {NAME: torch.eye(32) + products})
     products = 1e3 * products_of(32, 0, 0.3)
     fitted, nearest = (
@@ -232,6 +232,8 @@ def test_the_symbols_that_do_better_on_held_out_text_are_chosen(tiny_config, mon
     assert not torch.equal(fitted[0], nearest[NAME][0])
     assert torch.equal(train_gpt.choose_symbols(model, c, run)[0][NAME][0], fitted[0])
     assert torch.equal(train_gpt.choose_symbols(model, c, run)[0][NAME][0], nearest[NAME][0])
+    monkeypatch.setattr(train_gpt, "input_products", lambda *_: {NAME: torch.full((32, 32), float("nan"))})
+    assert f"weight {NAME}: its inputs" in refusal(train_gpt.choose_symbols, model, c, run)
     none = train_gpt.choose_symbols(model, tiny_config(gptq_tokens=0), run)[0]
     assert all(torch.equal(none[name][0], nearest[name][0]) for name in nearest)
 
@@ -420,6 +422,9 @@ def test_a_changed_byte_anywhere_is_refused(packed, tmp_path_factory, data):
 def test_bytes_after_the_end_are_refused(path, packed):
     path.write_bytes(packed + b"\0")
     assert "checksum" in refusal(read_artifact, path)
+    prefix, body = packed[: PREFIX.size], packed[PREFIX.size + 32 :] + b"\0"
+    path.write_bytes(prefix + hashlib.sha256(prefix + body).digest() + body)
+    assert "1 bytes behind its last part" in refusal(read_artifact, path)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04" + bytes(200), b"{}" * 100, bytes(500)])
@@ -444,6 +449,10 @@ def test_parts_that_do_not_fit_the_model_are_refused(c, path, tiny_config):
     for part in parts:
         for wrong in (parts[part][:-2], parts[part][:-1], parts[part] + b"\0", parts[part] + b"\0\0"):
             assert f"part {part}" in refusal(unpack, {**parts, part: wrong}, c, run)
+        assert f"part {part}" in refusal(unpack, {k: v for k, v in parts.items() if k != part}, c, run)
+    assert "unknown part extra" in refusal(unpack, {**parts, "extra": b""}, c, run)
+    short = np.frombuffer(parts["frequencies"], "<u2") // 2
+    assert "part frequencies" in refusal(unpack, {**parts, "frequencies": short.tobytes()}, c, run)
     for other in (tiny_config(num_layers=3), tiny_config(num_layers=1, ve_layers=(0,))):
         assert "its model needs" in refusal(unpack, parts, other, run)
 

@@ -107,9 +107,15 @@ def test_the_coder_gives_back_any_symbols_within_a_byte_of_their_information(n, 
     assert 8 * len(data) <= bits + 0.01 * n + 9
 
 
-@given(st.integers(0, 2**32), st.binary(max_size=9))
+@given(st.integers(0, codec.MOST_TOKENS), st.binary(max_size=9))
 def test_varints_come_back_with_what_follows(n, rest):
     assert codec.from_varint(codec.to_varint(n) + rest) == (n, rest)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x80", b"\xff" * 9, codec.to_varint(codec.MOST_TOKENS + 1)])
+def test_a_number_of_tokens_that_cannot_be_is_refused(data):
+    with pytest.raises(InputError, match="encoded file: it names"):
+        codec.from_varint(data)
 
 
 def start(*arguments, **env):
