@@ -1335,21 +1335,21 @@ def batch_nats(called, batch: Tensor, c: Config) -> Tensor:
     return torch.stack(nats).sum() if nats else torch.zeros((), device=batch.device)
 
 
+def held_out_loss(called, loader: TrainLoader, c: Config, run: Run) -> float:
+    """Nats a token on the spans on which weights are chosen, over all ranks."""
+    return run.sum(batch_nats(called, loader.held_out_batch(), c)).item() / (loader.averaging * c.train_seq_len)
+
+
 def choose_average(model: GPT, called, averages: WeightAverages, loader: TrainLoader, c: Config, run: Run) -> None:
     """Put in the weights that do best on training text that no step has seen, each with its matrices as stored.
 
     Validation text has no part in it. `As stored` is at the nearest levels, before GPTQ is tried. The log gets each
     candidate's loss.
     """
-    batch = loader.held_out_batch()
-
-    def loss() -> float:
-        return run.sum(batch_nats(called, batch, c)).item() / (loader.averaging * c.train_seq_len)
-
     losses, candidates = {}, averages.candidates()
     for name, weights in candidates.items():
         with weights_replaced(averages.params, weights), fake_quantized(model, c):
-            losses[name] = loss()
+            losses[name] = held_out_loss(called, loader, c, run)
     best = min(losses, key=losses.get)
     with torch.no_grad():
         torch._foreach_copy_(averages.params, candidates[best])
@@ -1549,7 +1549,7 @@ def choose_symbols(model: GPT, c: Config, run: Run) -> tuple[Quantized, float]:
     the model for the nearest levels, so that GPTQ need not win.
     """
     clock, loader, params = Clock(run), TrainLoader(c, run), quantized_parameters(model)
-    candidates, batch = {"rounded": rounded(model, c)}, loader.held_out_batch()
+    candidates, losses = {"rounded": rounded(model, c)}, {}
     if c.gptq_tokens:
         products = input_products(model, loader.first_sequences(c.gptq_tokens), c, run)
         broken = [name for name, x in products.items() if not torch.isfinite(x).all()]
@@ -1558,13 +1558,11 @@ def choose_symbols(model: GPT, c: Config, run: Run) -> tuple[Quantized, float]:
         fitted = {name: gptq(params[name].detach(), x, *quantizer_of(name, c)) for name, x in products.items()}
         candidates["gptq"] = candidates["rounded"] | fitted
 
-    def loss(weights) -> float:
-        with weights:
-            return run.sum(batch_nats(model, batch, c)).item() / (loader.averaging * c.train_seq_len)
-
-    losses = {name: loss(with_weights(model, quantized)) for name, quantized in candidates.items()}
+    for name, quantized in candidates.items():
+        with with_weights(model, quantized):
+            losses[name] = held_out_loss(model, loader, c, run)
     best = min(losses, key=losses.get)
-    losses["float"] = loss(nullcontext())
+    losses["float"] = held_out_loss(model, loader, c, run)
     run.log("quantization: " + " ".join(f"{name}:{nats:.5f}" for name, nats in losses.items()) + f" chosen:{best}")
     return candidates[best], round(run.max(clock.seconds()), 3)
 

@@ -21,6 +21,7 @@ from train_gpt import (
     Stream,
     Tokenizer,
     calibrate,
+    chunk_length,
     fingerprint,
     make_predictor,
     score,
@@ -44,10 +45,6 @@ def predictor_of(stage, world, **overrides):
     return make_predictor(stage, model, random_maxent(c).float(), c, Alone(), tokenizer)
 
 
-def chunk_size(stage, config):
-    return config.ttt_chunk_tokens if stage in ("ttt", "mixed") else config.val_batch_size
-
-
 def rows_of(predictor, stream, chunk_tokens):
     """All rows of a pass, with the updates in between: [N, V]."""
     found = []
@@ -60,7 +57,7 @@ def rows_of(predictor, stream, chunk_tokens):
 @pytest.mark.parametrize("stage", STAGES)
 def test_rows_are_full_positive_normalized_distributions(world, stage):
     config, _, _, stream = world
-    rows = rows_of(predictor_of(stage, world), stream, chunk_size(stage, config))
+    rows = rows_of(predictor_of(stage, world), stream, chunk_length(stage, config))
     assert rows.shape == (len(stream), config.vocab_size)
     assert torch.isfinite(rows).all()
     assert (rows.double().exp().sum(1) - 1).abs().max() < 1e-6
@@ -70,7 +67,7 @@ def test_rows_are_full_positive_normalized_distributions(world, stage):
 def test_no_row_depends_on_its_token_or_a_later_one(world, stage):
     """Change everything from position j on: all rows up to and including j's stay the same to the last bit."""
     config, _, _, stream = world
-    size = chunk_size(stage, config)
+    size = chunk_length(stage, config)
     before = rows_of(predictor_of(stage, world), stream, size)
     for j in (0, 40, size - 1, size, size + 77):
         changed = copy.copy(stream)
@@ -87,7 +84,7 @@ def test_predict_leaves_the_fingerprint_and_update_changes_it(world, stage):
     config, _, _, stream = world
     predictor = predictor_of(stage, world)
     seen = set()
-    for chunk in list(stream.chunks(chunk_size(stage, config)))[:3]:
+    for chunk in list(stream.chunks(chunk_length(stage, config)))[:3]:
         before = fingerprint(predictor)
         predictor.predict(chunk.inputs, slice(0, len(chunk.inputs)))
         assert fingerprint(predictor) == before
@@ -100,7 +97,7 @@ def test_predict_leaves_the_fingerprint_and_update_changes_it(world, stage):
 def test_a_stage_does_not_change_the_model_it_was_given(world, stage):
     config, model, _, stream = world
     before = copy.deepcopy(model.state_dict())
-    rows_of(predictor_of(stage, world), stream, chunk_size(stage, config))
+    rows_of(predictor_of(stage, world), stream, chunk_length(stage, config))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 

@@ -504,7 +504,7 @@ def rehearse(subject: Subject, part: int) -> tuple[bytes, str]:
     n = min(64 * seq_len, len(shard) // 2)
     val_tokens = min(4 * max(seq_len, c.eval_seq_len), (len(shard) - n) // 2)
     validation = shard[n + part * val_tokens : n + (part + 1) * val_tokens]
-    given = dict(preset="", phase="both", run_id="rehearsal", log_dir="logs", iterations=2, val_loss_every=1, stages=())
+    given = dict(preset="", phase="both", run_id="rehearsal", log_dir="logs", iterations=2, val_loss_every=1)
     given |= dict(data_path="data", tokenizer_path="", artifact_path="", scores_path="", device="cpu", val_tokens=0)
     given |= dict(train_batch_tokens=seq_len, max_wallclock_seconds=0.0, gptq_tokens=seq_len, stages=("roundtrip",))
     stated = {name.upper(): train_gpt.show(as_setting(x)) for name, x in (subject.training["config"] | given).items()}
@@ -718,7 +718,7 @@ def main() -> int:
         found = audit(subject, say=say)
         if args.report:
             report = (json.dumps(report_of(subject, found), indent=1) + "\n").encode()
-            train_gpt.write_atomically(Path(args.report), report)
+            codec.write(args.report, report)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
