@@ -12,6 +12,7 @@ that came, and `update` learns from a chunk after its score is fixed.
 
 from __future__ import annotations
 
+import ast
 import copy
 import dataclasses
 import difflib
@@ -27,7 +28,7 @@ import platform
 import struct
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -113,7 +114,7 @@ class Config:
     train_log_every: int = setting(500, 1)
     val_loss_every: int = setting(0, 0)  # 0 = not during training
 
-    # Optimizers, averages and what prepares the weights for six bits.
+    # Optimizers, averages and the artifact.
     matrix_lr: float = setting(0.025, 0.0)
     scalar_lr: float = setting(0.025, 0.0)
     tied_embed_lr: float = setting(0.035, 0.0)
@@ -131,13 +132,10 @@ class Config:
     ema_decay: float = setting(0.997, 0.0, 0.999999)
     swa_every: int = setting(50, 1)
     swa_start_scale: float = setting(0.2, 0.0, 1.0)  # SWA collects while the learning-rate scale is below this
-    late_qat_threshold: float = setting(0.15, 0.0, 1.0)  # learning-rate scale below which training sees int6 weights
-    crown_q_lambda: float = setting(0.0, 0.0)  # variance of warmdown weight noise, in units of the quantizer's own
     complement_alpha: float = setting(0.0, 0.0, 1.0)  # 0 = every token weighs the same
     complement_tokens: int = setting(16_000_000, 1)  # training tokens from which its bigrams are counted
-    matrix_clip_sigmas: float = setting(6.0, 1.0, 64.0)  # int6 range, in standard deviations of the row
-    embed_clip_sigmas: float = setting(16.0, 1.0, 64.0)  # int8 range
-    gptq_tokens: int = setting(262_144, 0)  # of training text, whose inputs GPTQ rounds the matrices for; 0 = nearest
+    gptq_tokens: int = setting(262_144, 1)  # of training text, on which it is measured what errors in weights cost
+    target_bytes: int = setting(CAP_BYTES, 1, CAP_BYTES)  # script plus artifact; the steps between levels follow
     codec: str = setting("range", choices=("range", "lzma"), shape=True)  # of the integers; LZMA takes all else
 
     # Scoring.
@@ -271,6 +269,7 @@ SMOKE = dict(
     ttt_batch_tokens=2048,
     ttt_micro_tokens=512,
     gptq_tokens=32_768,
+    target_bytes=600_000,
     mixer_calibration_tokens=65_536,
     ngram_table_bits=20,
 )
@@ -294,6 +293,7 @@ CPU = SMOKE | dict(
     eval_stride=256,
     ttt_lr=0.001,
     gptq_tokens=65_536,
+    target_bytes=1_500_000,
     mixer_calibration_tokens=131_072,
     ngram_table_bits=23,
 )
@@ -1141,12 +1141,12 @@ class Optimizers:
 
 
 def is_block_matrix(name: str, p: Tensor) -> bool:
-    """One of the blocks' linear maps: Muon steps it. Six bits store it, and the two projections of embeddings too."""
+    """One of the blocks' linear maps, which Muon steps."""
     return name.startswith("blocks.") and p.dim() == 2 and name.endswith(".weight")
 
 
 def is_embedding(name: str) -> bool:
-    """A table indexed by token or by hash, or the output head: AdamW steps it, eight bits store it."""
+    """A table indexed by token or by hash, or the output head, which AdamW steps at a rate of its own."""
     return name.endswith(("emb.weight", "head.weight"))
 
 
@@ -1178,7 +1178,7 @@ class WeightAverages:
 
 
 # ======================================================================================================================
-# Training: the schedule, the loss, what prepares the weights for six bits, and the loop.
+# Training: the schedule, the loss, and the loop.
 # ======================================================================================================================
 
 
@@ -1189,8 +1189,6 @@ class Phase:
     lr_scale: float
     muon_momentum: float
     collect_swa: bool
-    fake_quant: bool  # late QAT: train through the int6 weights
-    weight_noise: bool  # CROWN-Q: train through weights with the quantizer's noise
 
 
 def schedule(step: int, elapsed_seconds: float, c: Config) -> Phase:
@@ -1213,13 +1211,10 @@ def schedule(step: int, elapsed_seconds: float, c: Config) -> Phase:
     falling = min(1.0, remaining / warmdown) if warmdown else 1.0
     momentum_warmup = at_most(c.muon_momentum_warmup_steps, 0.25)
     reached = min(1.0, step / momentum_warmup) if momentum_warmup else 1.0
-    fake_quant = falling < c.late_qat_threshold
     return Phase(
         lr_scale=rising * falling,
         muon_momentum=c.muon_momentum_warmup_start + reached * (c.muon_momentum - c.muon_momentum_warmup_start),
         collect_swa=falling < c.swa_start_scale,
-        fake_quant=fake_quant,
-        weight_noise=c.crown_q_lambda > 0 and falling < 1.0 and not fake_quant,
     )
 
 
@@ -1266,11 +1261,7 @@ def accumulate_gradients(model, batch: Tensor, weights: Tensor | None, c: Config
 
 @contextmanager
 def weights_replaced(params: list[nn.Parameter], replacements: list[Tensor]):
-    """Run with other values in the parameters and then put the float ones back.
-
-    Forward and backward inside see the replacement, the optimizer outside steps the float weights: the straight-through
-    estimator, with no flag in the model that a compiler could fold away (as it did in the published scripts).
-    """
+    """Run with other values in the parameters and then put the float ones back."""
     floats = [p.detach().clone() for p in params]
     with torch.no_grad():
         torch._foreach_copy_(params, replacements)
@@ -1279,35 +1270,6 @@ def weights_replaced(params: list[nn.Parameter], replacements: list[Tensor]):
     finally:
         with torch.no_grad():
             torch._foreach_copy_(params, floats)
-
-
-def fake_quantized(model: GPT, c: Config):
-    """Late QAT: the weights as the artifact will hold them, by the artifact's own quantizer."""
-    return with_weights(model, rounded(model, c))
-
-
-@torch.no_grad()
-def noisy(model: GPT, c: Config, step: int, device: torch.device):
-    """CROWN-Q in a form that acts: weights plus uniform noise as wide as the quantizer's step, times sqrt(lambda).
-
-    The expected loss is L + lambda * sum_i H_ii * step_i^2 / 24, the curvature penalty that CROWN-Q (PR #693) stands
-    for, with the loss's own curvature H. The published lambda * mean(w^2) * step^2 / 12 takes w^2 for H and divides by
-    the number of weights: its gradient is a millionth of the loss's (tests/test_training.py measures it).
-    """
-    generator = torch.Generator(device).manual_seed(c.seed * 1_000_003 + step)
-    params, replacements = quantized_parameters(model), []
-    for name, p in params.items():
-        step_size = quantize(p, *quantizer_of(name, c))[1].float().unsqueeze(1)
-        noise = torch.rand(p.shape, generator=generator, device=device) - 0.5
-        replacements.append(p + math.sqrt(c.crown_q_lambda) * step_size * noise)
-    return weights_replaced(list(params.values()), replacements)
-
-
-def training_weights(model: GPT, phase: Phase, c: Config, step: int, device: torch.device):
-    """The weights that a step's forward and backward see."""
-    if phase.fake_quant:
-        return fake_quantized(model, c)
-    return noisy(model, c, step, device) if phase.weight_noise else nullcontext()
 
 
 def warm_up(model: GPT, called, optimizers: Optimizers, c: Config, run: Run) -> None:
@@ -1341,14 +1303,13 @@ def held_out_loss(called, loader: TrainLoader, c: Config, run: Run) -> float:
 
 
 def choose_average(model: GPT, called, averages: WeightAverages, loader: TrainLoader, c: Config, run: Run) -> None:
-    """Put in the weights that do best on training text that no step has seen, each with its matrices as stored.
+    """Put in the weights that do best on training text that no step has seen; the log gets each candidate's loss.
 
-    Validation text has no part in it. `As stored` is at the nearest levels, before GPTQ is tried. The log gets each
-    candidate's loss.
+    Validation text has no part in it.
     """
     losses, candidates = {}, averages.candidates()
     for name, weights in candidates.items():
-        with weights_replaced(averages.params, weights), fake_quantized(model, c):
+        with weights_replaced(averages.params, weights):
             losses[name] = held_out_loss(called, loader, c, run)
     best = min(losses, key=losses.get)
     with torch.no_grad():
@@ -1367,12 +1328,10 @@ def train(model: GPT, c: Config, run: Run, stream: Stream | None) -> dict:
     clock = Clock(run)
     averages = WeightAverages(model, c)
     weights = complement_weights(loader, c, run.device)
-    step, elapsed, phase, done = 0, 0.0, None, False
+    step, elapsed, done = 0, 0.0, False
     while not done:
-        was, phase = phase, schedule(step, elapsed, c)
-        log_phase_change(was, phase, step, run)
-        with training_weights(model, phase, c, step, run.device):
-            nats = accumulate_gradients(called, loader.batch(step), weights, c)
+        phase = schedule(step, elapsed, c)
+        nats = accumulate_gradients(called, loader.batch(step), weights, c)
         optimizers.step(phase.lr_scale, phase.muon_momentum)
         averages.update(step, phase.collect_swa)
         step += 1
@@ -1396,14 +1355,6 @@ def train(model: GPT, c: Config, run: Run, stream: Stream | None) -> dict:
         tokens=step * c.batch_tokens,
         step_avg_ms=round(1000 * elapsed / step, 3),
     )
-
-
-def log_phase_change(was: Phase | None, now: Phase, step: int, run: Run) -> None:
-    """Say when the late parts of the schedule set in."""
-    if now.weight_noise and not (was and was.weight_noise):
-        run.log(f"crown_q:enabled step:{step} scale:{now.lr_scale:.4f}")
-    if now.fake_quant and not (was and was.fake_quant):
-        run.log(f"late_qat:enabled step:{step} scale:{now.lr_scale:.4f}")
 
 
 def finite_loss(nats: Tensor, step: int, c: Config, run: Run) -> float:
@@ -1431,153 +1382,281 @@ def validate(called, stream: Stream, c: Config, run: Run) -> str:
 # that no name is stored and nothing in the file is ever executed.
 # ======================================================================================================================
 
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 2
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 3
 PREFIX = struct.Struct("<5sBI")  # magic, version, header bytes; a sha256 of all but itself follows
 LZMA_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
-SMALLEST_SCALE = 2.0**-24  # of float16
+SMALLEST_UNIT = 2.0**-24  # of float16
 CODED = "integers_coded"  # the part that LZMA would only make longer
-INTEGER_PARTS = dict(lzma={"integers"}, range={"spreads", "frequencies", CODED})  # by CODEC
-FLOAT16_PARTS = {"scales", "float16", "mixer"}
-
-
-def quantizer_of(name: str, c: Config) -> tuple[int, float]:
-    """(bits, range in standard deviations) of a stored tensor."""
-    return (8, c.embed_clip_sigmas) if is_embedding(name) else (6, c.matrix_clip_sigmas)
+INTEGER_PARTS = dict(lzma={"integers"}, range={"frequencies", CODED})  # by CODEC
+OTHER_PARTS = {"units", "rows", "columns", "float16", "mixer"}
 
 
 def quantized_parameters(model: GPT) -> dict[str, nn.Parameter]:
-    """The parameters that are stored as integers with a scale a row; all others are stored as float16."""
+    """The parameters that are stored as integers; all others are stored as float16."""
     return {name: p for name, p in model.named_parameters() if p.dim() == 2 and name.endswith(".weight")}
 
 
-def step_sizes(w: Tensor, bits: int, clip_sigmas: float) -> Tensor:
-    """The distance of a row's levels, float16 [rows]: their range is `clip_sigmas` standard deviations of the row.
+@dataclass(frozen=True)
+class Grid:
+    """The levels of a tensor [rows, cols]: weight r, j is an integer times unit / 2^(k / 2); k = rows[r] + columns[j].
 
-    The entropy of the symbols, and with it the size of the file, then depends on this number and hardly on the weights
-    (SDClip, PR #1394).
+    k is the weight's class. It says how fine the weight is stored and, since the weights of a tensor are about alike in
+    width and the unit is two of their standard deviations, also how wide its integer is: each class has its own table
+    in the coder, and nothing else is stored about the integers.
     """
-    deviation = w.float().square().mean(dim=1).sqrt()
-    return (clip_sigmas / top_symbol(bits) * deviation).clamp(min=SMALLEST_SCALE).half()
+
+    CLASSES = 23
+    TOP_UNITS = 7  # no weight is stored larger; 7 * 2^11 is an int16
+
+    unit: Tensor  # float16 []
+    rows: Tensor  # int8 [rows]
+    columns: Tensor  # int8 [cols]
+
+    def classes(self) -> Tensor:
+        """uint8 [rows, cols]."""
+        return (self.rows.short().unsqueeze(1) + self.columns).clamp(0, self.CLASSES - 1).to(torch.uint8)
+
+    def steps(self) -> Tensor:
+        """The distance of two levels, float32 [rows, cols]."""
+        return self.unit.float() * torch.exp2(-0.5 * self.classes())
+
+    def tops(self) -> Tensor:
+        """The largest integers, float32 [rows, cols]."""
+        return (self.TOP_UNITS * torch.exp2(0.5 * self.classes())).floor()
+
+    def nearest(self, w: Tensor) -> Tensor:
+        """The integers of the levels next to w, int16 [rows, cols]."""
+        tops = self.tops()
+        return (w / self.steps()).round().clamp(-tops, tops).to(torch.int16)
 
 
-def top_symbol(bits: int) -> int:
-    return 2 ** (bits - 1) - 1
+Quantized = dict[str, tuple[Tensor, Grid]]  # by parameter: int16 [rows, cols] and what they are multiples of
 
 
-def nearest(w: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """The levels next to w [rows, cols] as floats."""
-    return (w / scale.float().unsqueeze(1)).round().clamp(-top_symbol(bits), top_symbol(bits))
-
-
-def quantize(w: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, Tensor]:
-    """Float [rows, cols] -> (int8 symbols [rows, cols], float16 step size [rows]), each weight to its nearest level."""
-    scale = step_sizes(w, bits, clip_sigmas)
-    return nearest(w.float(), scale, bits).to(torch.int8), scale
-
-
-def gptq(w: Tensor, products: Tensor, bits: int, clip_sigmas: float) -> tuple[Tensor, Tensor]:
-    """The same, with the error of the map's outputs in view: GPTQ (Frantar et al. 2023, arXiv 2210.17323).
-
-    `products` [cols, cols] is the sum of x x^T over inputs. Columns are rounded from the strongest input to the
-    weakest; what that does to the outputs is made up for by the later columns, as far as their inputs go together.
-    """
-    scale, damping, block = step_sizes(w, bits, clip_sigmas), 0.01, 128
-    strength = products.diagonal()
-    order = strength.argsort(descending=True, stable=True)
-    w = w.float()[:, order]
-    h = products[order][:, order].double()
-    h.diagonal().add_(damping * strength.double().mean().clamp(min=1e-12))
-    upper = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
-    symbols = torch.empty_like(w)
-    for first in range(0, w.shape[1], block):
-        last = min(first + block, w.shape[1])
-        error = torch.empty_like(w[:, first:last])
-        for j in range(first, last):
-            symbols[:, j : j + 1] = nearest(w[:, j : j + 1], scale, bits)
-            off = (w[:, j] - symbols[:, j] * scale.float()) / upper[j, j]
-            w[:, j + 1 : last] -= torch.outer(off, upper[j, j + 1 : last])
-            error[:, j - first] = off
-        w[:, last:] -= error @ upper[first:last, last:]
-    return symbols[:, order.argsort()].to(torch.int8), scale
-
-
-def dequantize(symbols: Tensor, scale: Tensor) -> Tensor:
-    """The float32 weights that (symbols, scale) stand for."""
-    return symbols.float() * scale.float().unsqueeze(1)
-
-
-Quantized = dict[str, tuple[Tensor, Tensor]]  # by parameter: symbols and step sizes
-
-
-def rounded(model: GPT, c: Config) -> Quantized:
-    """Every quantized parameter at its nearest levels."""
-    return {name: quantize(p.detach(), *quantizer_of(name, c)) for name, p in quantized_parameters(model).items()}
+def dequantize(integers: Tensor, grid: Grid) -> Tensor:
+    """The float32 weights that a quantized tensor stands for."""
+    return integers * grid.steps()
 
 
 def with_weights(model: GPT, quantized: Quantized):
     """Run with the weights that an artifact gives back."""
     params = quantized_parameters(model)
-    return weights_replaced(list(params.values()), [dequantize(*quantized[name]) for name in params])
+    device = next(model.parameters()).device
+    return weights_replaced(list(params.values()), [dequantize(*quantized[name]).to(device) for name in params])
 
 
-@torch.no_grad()
-def input_products(model: GPT, batch: Tensor, c: Config, run: Run) -> dict[str, Tensor]:
-    """The sum of x x^T over the inputs x of each linear map, by the name of its weight, on a batch of all ranks."""
+@dataclass(frozen=True)
+class Sensitivity:
+    """How the loss on training text answers to an error in a tensor: e at (r, j) adds about rows[r] * columns[j] * e^2.
+
+    `order` and `factor` are of linear maps only: the columns from the strongest input to the weakest, and the upper
+    Cholesky factor of the inverse of the inputs' products in that order, which GPTQ rounds by.
+    """
+
+    rows: Tensor  # float32 [rows]
+    columns: Tensor  # float32 [cols]
+    order: Tensor | None = None
+    factor: Tensor | None = None
+
+    FLOOR, DAMPING = 1e-3, 0.01  # of the means: a row without gradient may get some, and inputs may be always zero
+
+    @classmethod
+    def of_table(cls, squares: Tensor) -> Sensitivity:
+        """From the squared gradients [rows, cols] of a table that is looked up."""
+        mean = squares.mean().clamp(min=1e-30).sqrt()
+        return cls(cls.floored(squares.mean(1) / mean), cls.floored(squares.mean(0) / mean))
+
+    @classmethod
+    def of_map(cls, squares: Tensor, products: Tensor) -> Sensitivity:
+        """From a linear map's squared gradients [rows, cols] and the sum of x x^T over its inputs [cols, cols].
+
+        The loss's curvature is taken for (gradients' power) x (inputs' products), as in K-FAC (arXiv 1503.05671). GPTQ
+        makes up for a column's error with the columns after it, so that what counts of its input is the part that
+        those do not explain: the square of a pivot of the Cholesky factorization, and not the input's power.
+        """
+        order = products.diagonal().argsort(descending=True, stable=True)
+        h = products[order][:, order].double()
+        h.diagonal().add_(cls.DAMPING * h.diagonal().mean().clamp(min=1e-12))
+        factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
+        pivots = factor.diagonal().square().reciprocal()[order.argsort()]
+        rows = squares.sum(1) / products.diagonal().sum().clamp(min=1e-12)
+        return cls(cls.floored(rows), pivots, order, factor)
+
+    @classmethod
+    def floored(cls, x: Tensor) -> Tensor:
+        return x + cls.FLOOR * x.mean().clamp(min=1e-30)
+
+    def grid(self, w: Tensor, fineness: float) -> Grid:
+        """Levels for w [rows, cols] at which a bit more buys the same everywhere: steps go with 1 / sqrt(sensitivity).
+
+        Half the step takes one bit more and leaves a quarter of the squared error. At a given size the loss is least,
+        then, where rows * columns * step^2 is one number for all weights of all tensors: reverse water-filling (Cover
+        and Thomas, Elements of Information Theory, 10.3). `fineness` is minus log2 of that number. An octave of
+        sensitivity is half an octave of step, that is one class.
+        """
+        unit = torch.maximum(2 * w.square().mean().sqrt(), w.abs().max() / Grid.TOP_UNITS)
+        unit = unit.clamp(min=SMALLEST_UNIT).half()
+        columns = self.columns.clamp(min=1e-30).log2()
+        rows = self.rows.log2() + columns.mean() + 2 * unit.float().log2() + fineness
+        rows, columns = (x.round().clamp(-64, 63).to(torch.int8) for x in (rows, columns - columns.mean()))
+        return Grid(unit, rows, columns)
+
+
+def sensitivities(model: GPT, batch: Tensor, c: Config, run: Run) -> dict[str, Sensitivity]:
+    """Of all quantized parameters, from a batch [n, T + 1] of training text shared by all ranks, a backward a sequence.
+
+    Raises InputError for a parameter whose inputs or gradients are not finite.
+    """
+    params = quantized_parameters(model)
     maps = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear)}
-    sums = {
-        name: torch.zeros(module.in_features, module.in_features, device=run.device) for name, module in maps.items()
-    }
+    squares = {name: torch.zeros_like(p) for name, p in params.items()}
+    products = {name: torch.zeros_like(p[0]).diag() for name, p in params.items() if name in maps}
 
     def watch(name: str):
         def add(_, inputs):
-            x = inputs[0].flatten(0, -2).float()
-            sums[name] += x.T @ x
+            x = inputs[0].detach().flatten(0, -2).float()
+            products[name] += x.T @ x
 
         return maps[name].register_forward_pre_hook(add)
 
     handles = [watch(name) for name in maps]
-    batch_nats(model, batch, c)
+    for sequence in batch.split(1):
+        model.zero_grad()
+        token_nll(model, sequence[:, :-1], sequence[:, 1:]).sum().backward()
+        fill_gradients(list(params.values()))
+        for name, p in params.items():
+            squares[name] += p.grad.square()
+    model.zero_grad()
     for handle in handles:
         handle.remove()
-    return {name: run.sum(total) for name, total in sums.items()}
+    found = {}
+    for name in params:
+        inputs = [run.sum(products[name])] if name in maps else []
+        if not all(torch.isfinite(x).all() for x in [run.sum(squares[name]), *inputs]):
+            raise InputError(f"weight {name}: its inputs or gradients on training text are not finite")
+        found[name] = Sensitivity.of_map(squares[name], *inputs) if inputs else Sensitivity.of_table(squares[name])
+    return found
 
 
-def choose_symbols(model: GPT, c: Config, run: Run) -> tuple[Quantized, float]:
-    """What the artifact will hold of the quantized parameters, and the seconds that it took to choose.
+def gptq(w: Tensor, grid: Grid, sensitivity: Sensitivity) -> Tensor:
+    """The integers int16 [rows, cols] for a linear map's weights: GPTQ (Frantar et al. 2023, arXiv 2210.17323).
 
-    Rounding to the nearest level or GPTQ: what does better on training text that no step has seen. Late QAT trains
-    the model for the nearest levels, so that GPTQ need not win.
+    Columns are rounded in the sensitivity's order; what that does to the outputs is made up for by the later columns,
+    as far as their inputs go together.
     """
-    clock, loader, params = Clock(run), TrainLoader(c, run), quantized_parameters(model)
-    candidates, losses = {"rounded": rounded(model, c)}, {}
-    if c.gptq_tokens:
-        products = input_products(model, loader.first_sequences(c.gptq_tokens), c, run)
-        broken = [name for name, x in products.items() if not torch.isfinite(x).all()]
-        if broken:
-            raise InputError(f"weight {broken[0]}: its inputs on training text are not finite")
-        fitted = {name: gptq(params[name].detach(), x, *quantizer_of(name, c)) for name, x in products.items()}
-        candidates["gptq"] = candidates["rounded"] | fitted
+    order, upper, block = sensitivity.order, sensitivity.factor, 128
+    w, steps, tops = (x[:, order] for x in (w.float(), grid.steps(), grid.tops()))
+    integers = torch.empty_like(w)
+    for first in range(0, w.shape[1], block):
+        last = min(first + block, w.shape[1])
+        error = torch.empty_like(w[:, first:last])
+        for j in range(first, last):
+            integers[:, j] = (w[:, j] / steps[:, j]).round().clamp(-tops[:, j], tops[:, j])
+            off = (w[:, j] - integers[:, j] * steps[:, j]) / upper[j, j]
+            w[:, j + 1 : last] -= torch.outer(off, upper[j, j + 1 : last])
+            error[:, j - first] = off
+        w[:, last:] -= error @ upper[first:last, last:]
+    return integers[:, order.argsort()].to(torch.int16)
 
-    for name, quantized in candidates.items():
-        with with_weights(model, quantized):
-            losses[name] = held_out_loss(model, loader, c, run)
-    best = min(losses, key=losses.get)
-    losses["float"] = held_out_loss(model, loader, c, run)
-    run.log("quantization: " + " ".join(f"{name}:{nats:.5f}" for name, nats in losses.items()) + f" chosen:{best}")
-    return candidates[best], round(run.max(clock.seconds()), 3)
+
+def quantize(params: dict[str, Tensor], minded: dict[str, Sensitivity], fineness: float) -> Quantized:
+    """All quantized parameters at one fineness, on the CPU: linear maps by GPTQ, tables to the nearest levels."""
+    found = {}
+    for name, p in params.items():
+        w, sensitivity = p.detach(), minded[name]
+        grid = sensitivity.grid(w, fineness)
+        integers = grid.nearest(w) if sensitivity.factor is None else gptq(w, grid, sensitivity)
+        found[name] = integers.cpu(), Grid(grid.unit.cpu(), grid.rows.cpu(), grid.columns.cpu())
+    return found
+
+
+def entropy_bytes(params: dict[str, Tensor], minded: dict[str, Sensitivity], fineness: float) -> float:
+    """What the integers of the nearest levels take under a table for each class: all but a few percent of the file."""
+    counts, raw_bits = torch.zeros(Grid.CLASSES * 256), 0
+    for name, p in params.items():
+        grid = minded[name].grid(p.detach(), fineness)
+        classes = grid.classes().long()
+        n_low = low_bits(classes)
+        cell = 256 * classes + 128 + (grid.nearest(p.detach()) >> n_low)
+        counts = cell.flatten().bincount(minlength=len(counts)).double() + counts.to(cell.device)
+        raw_bits += int(n_low.sum())
+    counts = counts.view(-1, 256)
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    return (raw_bits - (counts * shares.clamp(min=1e-30).log2()).sum().item()) / 8
+
+
+LEAST_BITS = 1.2  # of a Gaussian weight at the coarsest step, two standard deviations
+
+
+def check_room(model: GPT, c: Config, run: Run) -> None:
+    """Log what TARGET_BYTES leaves for a weight. Raises InputError, before any training, if no model would be left."""
+    code_bytes, n_weights = os.path.getsize(__file__), sum(p.numel() for p in quantized_parameters(model).values())
+    room, least = c.target_bytes - code_bytes, math.ceil(LEAST_BITS * n_weights / 8)
+    if least > room:
+        held = f"the script's {code_bytes} bytes and {n_weights} weights of {LEAST_BITS} bits, the coarsest there are"
+        raise InputError(f"TARGET_BYTES={c.target_bytes}: {held}, take {least - room} more; make the model smaller")
+    run.log(f"room: {room} bytes beside the script, {8 * room / n_weights:.2f} bits for each of {n_weights} weights")
+
+
+def finest(params: dict[str, Tensor], minded: dict[str, Sensitivity], n_bytes: float) -> float:
+    """The largest fineness at which the integers' entropy is at most n_bytes; FINENESS[1] if all are."""
+    low, high = FINENESS
+    if entropy_bytes(params, minded, high) <= n_bytes:
+        return high
+    for _ in range(16):
+        middle = (low + high) / 2
+        low, high = (middle, high) if entropy_bytes(params, minded, middle) <= n_bytes else (low, middle)
+    return low
+
+
+FINENESS = (-64.0, 64.0)  # at the one every class is the first, at the other the last
+SLACK = 0.002  # of the bytes that an artifact may take; what it may leave free
+
+
+def fill(model: GPT, minded: dict[str, Sensitivity], mixer: Maxent, c: Config, tokenizer_sha256: str) -> Quantized:
+    """The finest quantization with which script and artifact take TARGET_BYTES or, by less than SLACK, fewer.
+
+    The file is larger than the entropy of the nearest levels by a few percent that hardly depend on the fineness: one
+    quantization tells them, the next one lands.
+    """
+    params, room = quantized_parameters(model), c.target_bytes - os.path.getsize(__file__)
+    overhead = 1.03
+    for _ in range(4):
+        fineness = finest(params, minded, room / overhead)
+        quantized = quantize(params, minded, fineness)
+        n_bytes = len(pack(model, quantized, mixer, c, tokenizer_sha256))
+        if n_bytes <= room and (n_bytes >= (1 - SLACK) * room or fineness == FINENESS[1]):
+            break
+        overhead *= (1 + SLACK / 4) * n_bytes / room
+    return quantized
+
+
+def quantize_to_size(model: GPT, mixer: Maxent, c: Config, run: Run, tokenizer_sha256: str) -> tuple[Quantized, float]:
+    """What the artifact will hold of the quantized parameters, alike on all ranks, and the seconds that it took."""
+    clock, loader = Clock(run), TrainLoader(c, run)
+    minded = sensitivities(model, loader.first_sequences(c.gptq_tokens), c, run)
+    quantized = run.broadcast(fill, model, minded, mixer, c, tokenizer_sha256)
+    seconds = round(run.max(clock.seconds()), 3)
+    before = held_out_loss(model, loader, c, run)
+    with with_weights(model, quantized):
+        after = held_out_loss(model, loader, c, run)
+    run.log(f"quantization: float:{before:.5f} stored:{after:.5f} gap:{after - before:+.5f} {1000 * seconds:.0f}ms")
+    return quantized, seconds
 
 
 def pack(model: GPT, quantized: Quantized, mixer: Maxent, c: Config, tokenizer_sha256: str) -> bytes:
     """The artifact's bytes. Raises InputError for a weight that cannot be held."""
-    integers, stored = [], {"scales": [], "float16": []}
-    for name, p in model.named_parameters():
-        numbers = p.detach().half()
-        if name in quantized:
-            symbols, numbers = quantized[name]
-            integers.append(symbols.cpu().numpy())
-        stored["scales" if name in quantized else "float16"].append(as_bytes(finite(numbers, name)))
-    stored["mixer"] = [as_bytes(finite(p.detach().half(), f"mixer.{name}")) for name, p in mixer.named_parameters()]
-    parts = encode_integers(integers, c.codec) | {part: b"".join(pieces) for part, pieces in stored.items()}
+    grids = {name: grid for name, (_, grid) in quantized.items()}
+    others = {name: p for name, p in model.named_parameters() if name not in quantized}
+    others_of_mixer = {f"mixer.{name}": p for name, p in mixer.named_parameters()}
+    parts = {
+        "units": b"".join(as_bytes(finite(grid.unit, name)) for name, grid in grids.items()),
+        "rows": b"".join(as_bytes(grid.rows) for grid in grids.values()),
+        "columns": b"".join(as_bytes(grid.columns) for grid in grids.values()),
+        **encode_integers([x.numpy() for x, _ in quantized.values()], [classes_of(x) for x in grids.values()], c.codec),
+        "float16": b"".join(as_bytes(finite(p.detach().half(), name)) for name, p in others.items()),
+        "mixer": b"".join(as_bytes(finite(p.detach().half(), name)) for name, p in others_of_mixer.items()),
+    }
     streams = {part: raw if part == CODED else compress(raw) for part, raw in parts.items()}
     sizes = {part: len(stream) for part, stream in streams.items()}
     kept = dict(shape=c.marked("shape"), score=c.marked("score"), tokenizer=tokenizer_sha256, parts=sizes)
@@ -1586,33 +1665,54 @@ def pack(model: GPT, quantized: Quantized, mixer: Maxent, c: Config, tokenizer_s
     return prefix + hashlib.sha256(prefix + body).digest() + body
 
 
-def encode_integers(tensors: list[np.ndarray], codec: str) -> dict[str, bytes]:
-    """The parts of an artifact that hold the integers of all quantized tensors, int8 [rows, cols] each."""
-    symbols = np.concatenate([x.ravel() for x in tensors])
+def classes_of(grid: Grid) -> np.ndarray:
+    return grid.classes().cpu().numpy()
+
+
+def encode_integers(tensors: list[np.ndarray], classes: list[np.ndarray], codec: str) -> dict[str, bytes]:
+    """The parts of an artifact that hold the integers of all quantized tensors, int16 [rows, cols], of given classes.
+
+    What the coder is given is bytes: each integer without its low bits, by its class's table, and behind them all the
+    low bits of those that have some, which are as good as random.
+    """
+    integers, classes = flat(tensors), flat(classes).astype(np.int16)
+    n_low = low_bits(classes)
+    values = np.concatenate([integers >> n_low, (integers & ((1 << n_low) - 1))[n_low > 0]]).astype(np.uint8)
     if codec == "lzma":
-        return {"integers": symbols.tobytes()}
-    spreads = [spread(x) for x in tensors]
-    classes = class_of_each(spreads, [x.shape for x in tensors])
-    frequencies = count_frequencies(symbols, classes)
-    return {
-        "spreads": np.concatenate(spreads).tobytes(),
-        "frequencies": frequencies.astype("<u2").tobytes(),
-        CODED: range_encode(symbols, classes, frequencies),
-    }
+        return {"integers": values.tobytes()}
+    frequencies = count_frequencies(values[: len(classes)], classes)
+    coded = range_encode(values, tables_of(classes), np.concatenate([frequencies, UNIFORM]))
+    return {"frequencies": frequencies.astype("<u2").tobytes(), CODED: coded}
 
 
-def decode_integers(parts: dict[str, bytes], shapes: list[tuple[int, int]], codec: str) -> list[np.ndarray]:
+def decode_integers(parts: dict[str, bytes], classes: list[np.ndarray], codec: str) -> list[np.ndarray]:
     """What `encode_integers` was given. Raises InputError if the parts do not hold just that."""
-    ends = np.cumsum([rows * cols for rows, cols in shapes])
+    shapes, classes = [x.shape for x in classes], flat(classes).astype(np.int16)
+    n_low, n = low_bits(classes), len(classes)
     if codec == "lzma":
-        symbols = exactly(parts, "integers", "i1", ends[-1])
+        values = exactly(parts, "integers", "u1", n + (n_low > 0).sum())
     else:
-        columns = np.cumsum([cols for _, cols in shapes])
-        spreads = exactly(parts, "spreads", "u1", columns[-1])
-        classes = class_of_each(np.split(spreads, columns[:-1]), shapes)
-        frequencies = exactly(parts, "frequencies", "<u2", 256 * (int(classes.max()) + 1))
-        symbols = range_decode(parts.get(CODED, b""), classes, frequencies.reshape(-1, 256).astype(np.int64))
-    return [x.reshape(shape) for x, shape in zip(np.split(symbols, ends[:-1]), shapes, strict=True)]
+        frequencies = exactly(parts, "frequencies", "<u2", 256 * Grid.CLASSES).reshape(-1, 256).astype(np.int64)
+        values = range_decode(parts.get(CODED, b""), tables_of(classes), np.concatenate([frequencies, UNIFORM]))
+    integers = values[:n].view(np.int8).astype(np.int16) << n_low
+    integers[n_low > 0] += values[n:]
+    ends = np.cumsum([rows * cols for rows, cols in shapes])[:-1]
+    return [x.reshape(shape) for x, shape in zip(np.split(integers, ends), shapes, strict=True)]
+
+
+def low_bits(classes):
+    """How many of an integer's low bits are as good as random: what leaves about 16 levels a unit to the tables."""
+    return ((classes + 1) // 2 - 4).clip(0)
+
+
+def tables_of(classes: np.ndarray) -> np.ndarray:
+    """The coder's table for each byte: the class for the integers, one of UNIFORM for the low bits behind them."""
+    n_low = low_bits(classes)
+    return np.concatenate([classes, Grid.CLASSES - 1 + n_low[n_low > 0]]).astype(np.uint8)
+
+
+def flat(tensors: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([x.ravel() for x in tensors])
 
 
 def exactly(parts: dict[str, bytes], part: str, kind: str, count: int) -> np.ndarray:
@@ -1623,57 +1723,42 @@ def exactly(parts: dict[str, bytes], part: str, kind: str, count: int) -> np.nda
     return np.frombuffer(parts[part], dtype=kind)
 
 
-def spread(symbols: np.ndarray) -> np.ndarray:
-    """How wide the integers [rows, cols] of each column are: their root mean square in quarter octaves, uint8 [cols].
-
-    Rows are alike, since a row's step follows its deviation; columns differ, most in the MLP's second matrix.
-    """
-    rms = np.sqrt(np.square(symbols.astype(np.float32)).mean(axis=0))
-    return np.rint(4 * np.log2(rms + 0.25) + 8).astype(np.uint8)
-
-
-def class_of_each(spreads: list[np.ndarray], shapes: list[tuple[int, int]]) -> np.ndarray:
-    """The class of every integer of all tensors: the rank of its column's spread among those that occur, uint8 [n]."""
-    _, rank = np.unique(np.concatenate(spreads), return_inverse=True)
-    ranks = np.split(rank.astype(np.uint8), np.cumsum([len(x) for x in spreads])[:-1])
-    return np.concatenate([np.broadcast_to(x, shape).ravel() for x, shape in zip(ranks, shapes, strict=True)])
-
-
 # The coder is a range asymmetric numeral system (Duda 2013, arXiv 1311.2540) with 32-bit states and 16-bit words. The
-# integers are dealt to CODER_LANES states in turn, so that NumPy takes a step of all of them at once.
+# bytes are dealt to CODER_LANES states in turn, so that NumPy takes a step of all of them at once.
 CODER_LANES, CODER_BITS, FIRST_STATE = 512, 14, 1 << 16
+# Tables for bytes of 1 to 7 random bits.
+UNIFORM = np.array([[(1 << CODER_BITS - n) * (value < 1 << n) for value in range(256)] for n in range(1, 8)])
 
 
-def count_frequencies(symbols: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """How often each int8 value, as uint8, occurs in each class, in parts of 2^CODER_BITS: int64 [classes, 256]."""
-    counts = np.zeros(256 * (int(classes.max()) + 1), dtype=np.int64)
-    n_blocks = 1 + len(symbols) // 2**22
-    for values, of in zip(*(np.array_split(x, n_blocks) for x in (symbols.view(np.uint8), classes)), strict=True):
-        counts += np.bincount(cells(values, of), minlength=len(counts))
+def count_frequencies(values: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """How often each byte occurs under each class's table, in parts of 2^CODER_BITS: int64 [Grid.CLASSES, 256]."""
+    counts = np.zeros(256 * Grid.CLASSES, dtype=np.int64)
+    n_blocks = 1 + len(values) // 2**22
+    for of_block in zip(*(np.array_split(x, n_blocks) for x in (values, tables)), strict=True):
+        counts += np.bincount(cells(*of_block), minlength=len(counts))
     counts = counts.reshape(-1, 256)
-    seen = counts > 0
-    shares = counts * ((1 << CODER_BITS) - seen.sum(1, keepdims=True)) // counts.sum(1, keepdims=True) + seen
+    seen, total = counts > 0, counts.sum(1, keepdims=True).clip(1)
+    shares = counts * ((1 << CODER_BITS) - seen.sum(1, keepdims=True)) // total + seen
     shares[np.arange(len(shares)), counts.argmax(1)] += (1 << CODER_BITS) - shares.sum(1)
     return shares
 
 
-def cells(values: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Where (class, value) stands in a table [classes * 256]."""
-    return 256 * classes.astype(np.int64) + values
+def cells(values: np.ndarray, tables: np.ndarray) -> np.ndarray:
+    """Where (table, value) stands in the frequencies of all tables."""
+    return 256 * tables.astype(np.int64) + values
 
 
 def first_parts(frequencies: np.ndarray) -> np.ndarray:
-    """The parts that come before each value's own: uint64 [classes * 256]."""
+    """The parts that come before each value's own: uint64 [tables * 256]."""
     return (frequencies.cumsum(axis=1) - frequencies).ravel().astype(np.uint64)
 
 
-def range_encode(symbols: np.ndarray, classes: np.ndarray, frequencies: np.ndarray) -> bytes:
-    """int8 [n] -> the final states (uint32) and the words (uint16), in the order in which decoding reads them."""
+def range_encode(values: np.ndarray, tables: np.ndarray, frequencies: np.ndarray) -> bytes:
+    """uint8 [n] -> the final states (uint32) and the words (uint16), in the order in which decoding reads them."""
     frequency, first = frequencies.ravel().astype(np.uint64), first_parts(frequencies)
     state, words = np.full(CODER_LANES, FIRST_STATE, dtype=np.uint64), []
-    values = symbols.view(np.uint8)
-    for start in reversed(range(0, len(symbols), CODER_LANES)):
-        cell = cells(values[start : start + CODER_LANES], classes[start : start + CODER_LANES])
+    for start in reversed(range(0, len(values), CODER_LANES)):
+        cell = cells(values[start : start + CODER_LANES], tables[start : start + CODER_LANES])
         x, f = state[: len(cell)], frequency[cell]
         full = x >= f << np.uint64(32 - CODER_BITS)
         words.append(x[full].astype("<u2"))
@@ -1682,20 +1767,19 @@ def range_encode(symbols: np.ndarray, classes: np.ndarray, frequencies: np.ndarr
     return state.astype("<u4").tobytes() + b"".join(part.tobytes() for part in reversed(words))
 
 
-def range_decode(data: bytes, classes: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
-    """What `range_encode` was given, int8 [n]. Raises InputError unless the data is used up and ends as it began."""
+def range_decode(data: bytes, tables: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
+    """What `range_encode` was given, uint8 [n]. Raises InputError unless the data is used up and ends as it began."""
     if (frequencies.sum(axis=1) != 1 << CODER_BITS).any():
         raise InputError(f"artifact: part frequencies: a table does not add up to {1 << CODER_BITS}")
+    if len(data) < 4 * CODER_LANES or len(data) % 2:
+        allowed = f"{4 * CODER_LANES} and pairs behind"
+        raise InputError(f"artifact: part {CODED} has {len(data)} bytes; allowed are {allowed}")
     frequency, first = frequencies.ravel().astype(np.uint64), first_parts(frequencies)
     value_at = np.tile(np.arange(256, dtype=np.uint8), len(frequencies)).repeat(frequencies.ravel())
-    if len(data) < 4 * CODER_LANES or len(data) % 2:
-        raise InputError(
-            f"artifact: part {CODED} has {len(data)} bytes; allowed are {4 * CODER_LANES} and pairs behind"
-        )
     state = np.frombuffer(data[: 4 * CODER_LANES], dtype="<u4").astype(np.uint64)
-    words, values, used = np.frombuffer(data[4 * CODER_LANES :], dtype="<u2"), np.empty(len(classes), dtype=np.uint8), 0
-    for start in range(0, len(classes), CODER_LANES):
-        here = classes[start : start + CODER_LANES]
+    words, values, used = np.frombuffer(data[4 * CODER_LANES :], dtype="<u2"), np.empty(len(tables), dtype=np.uint8), 0
+    for start in range(0, len(tables), CODER_LANES):
+        here = tables[start : start + CODER_LANES]
         x = state[: len(here)]
         part = x & np.uint64((1 << CODER_BITS) - 1)
         value = value_at[(here.astype(np.int64) << CODER_BITS) + part.astype(np.int64)]
@@ -1703,12 +1787,12 @@ def range_decode(data: bytes, classes: np.ndarray, frequencies: np.ndarray) -> n
         x = frequency[cell] * (x >> np.uint64(CODER_BITS)) + part - first[cell]
         low = np.flatnonzero(x < FIRST_STATE)
         if used + len(low) > len(words):
-            raise InputError(f"artifact: part {CODED} ends after {start} of {len(classes)} integers")
+            raise InputError(f"artifact: part {CODED} ends after {start} of {len(tables)} bytes")
         x[low] = x[low] << np.uint64(16) | words[used : used + len(low)]
         state[: len(here)], values[start : start + CODER_LANES], used = x, value, used + len(low)
     if used != len(words) or (state != FIRST_STATE).any():
         raise InputError(f"artifact: part {CODED} does not end where its model's integers do")
-    return values.view(np.int8)
+    return values
 
 
 def finite(stored: Tensor, name: str) -> Tensor:
@@ -1783,22 +1867,25 @@ def unpack(parts: dict[str, bytes], c: Config, run: Run) -> tuple[GPT, Maxent]:
 
     Raises InputError if a part is missing, unknown or of another size.
     """
-    if unknown := set(parts) - INTEGER_PARTS[c.codec] - FLOAT16_PARTS:
+    if unknown := set(parts) - INTEGER_PARTS[c.codec] - OTHER_PARTS:
         raise InputError(f"artifact: unknown part {sorted(unknown)[0]}; CODEC={c.codec} has none of that name")
     model, mixer = GPT(c, run.dtype), Maxent(c)
     quantized = quantized_parameters(model)
     others = [p for name, p in model.named_parameters() if name not in quantized]
 
-    def take(part: str, sizes: list[int]) -> tuple[Tensor, ...]:
-        return torch.from_numpy(exactly(parts, part, "<f2", sum(sizes)).astype(np.float32)).split(sizes)
+    def take(part: str, kind: str, sizes: list[int]) -> tuple[Tensor, ...]:
+        return torch.from_numpy(exactly(parts, part, kind, sum(sizes)).copy()).split(sizes)
 
-    integers = decode_integers(parts, [p.shape for p in quantized.values()], c.codec)
-    scales = take("scales", [len(p) for p in quantized.values()])
+    shapes = [p.shape for p in quantized.values()]
+    units = take("units", "<f2", [1] * len(shapes))
+    rows, columns = (take(part, "i1", [x[dim] for x in shapes]) for dim, part in enumerate(("rows", "columns")))
+    grids = [Grid(unit.squeeze(0), *of) for unit, *of in zip(units, rows, columns, strict=True)]
+    integers = decode_integers(parts, [classes_of(grid) for grid in grids], c.codec)
     plain = {"float16": others, "mixer": list(mixer.parameters())}
-    numbers = {part: take(part, [p.numel() for p in params]) for part, params in plain.items()}
+    numbers = {part: take(part, "<f2", [p.numel() for p in params]) for part, params in plain.items()}
     with torch.no_grad():
-        for p, symbols, scale in zip(quantized.values(), integers, scales, strict=True):
-            p.copy_(dequantize(torch.from_numpy(symbols.astype(np.float32)), scale))
+        for p, x, grid in zip(quantized.values(), integers, grids, strict=True):
+            p.copy_(dequantize(torch.from_numpy(x), grid))
         for part, params in plain.items():
             for p, x in zip(params, numbers[part], strict=True):
                 p.copy_(x.view_as(p))
@@ -1809,6 +1896,15 @@ def check_tokenizer(header: dict, tokenizer: Tokenizer, path: str | Path) -> Non
     """Raise InputError if the artifact's model was trained with another tokenizer."""
     if header["tokenizer"] != tokenizer.sha256:
         raise InputError(f"ARTIFACT_PATH={path}: its model's tokenizer has another sha256 than TOKENIZER_PATH's")
+
+
+def minified_bytes() -> int:
+    """What this script would take without comments and docstrings, compressed. What counts is the file that runs."""
+    tree = ast.parse(Path(__file__).read_bytes())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node, clean=False):
+            node.body = node.body[1:] or [ast.Pass()]
+    return len(compress(ast.unparse(tree).encode()))
 
 
 def artifact_record(path: Path, header: dict, tokenizer: Tokenizer, run: Run) -> dict:
@@ -1822,10 +1918,10 @@ def artifact_record(path: Path, header: dict, tokenizer: Tokenizer, run: Run) ->
     sizes = {"header": model_bytes - sum(header["parts"].values()), **header["parts"]}
     for part, size in sizes.items():
         run.log(f"artifact part {part}: {size} bytes")
-    run.log(f"Code size: {code_bytes} bytes")
+    run.log(f"Code size: {code_bytes} bytes ({minified_bytes()} if it were minified and compressed)")
     codec = header["shape"]["codec"]
-    run.log(f"Serialized model int6+{codec}: {model_bytes} bytes")
-    run.log(f"Total submission size int6+{codec}: {total} bytes cap:{CAP_BYTES} margin:{CAP_BYTES - total}")
+    run.log(f"Serialized model {codec}: {model_bytes} bytes")
+    run.log(f"Total submission size {codec}: {total} bytes cap:{CAP_BYTES} margin:{CAP_BYTES - total}")
     if total > CAP_BYTES:
         excess = total - CAP_BYTES
         raise InputError(f"artifact {path}: {total} bytes with the script, {excess} over the cap of {CAP_BYTES}")
@@ -2561,9 +2657,10 @@ def execute(c: Config, env: dict[str, str], run: Run) -> None:
     if c.phase != "eval":
         model = GPT(c, run.dtype).init_weights(c).to(run.device)
         run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
+        check_room(model, c, run)
         mixer = Maxent(c).to(run.device)
         trained = train(model, c, run, stream)
-        quantized, trained["quantization_seconds"] = choose_symbols(model, c, run)
+        quantized, trained["quantization_seconds"] = quantize_to_size(model, mixer, c, run, tokenizer.sha256)
         with with_weights(model, quantized):
             trained["calibration_seconds"] = calibrate(model, mixer, c, run)
         trained["pack_seconds"] = save_artifact(path, run, model, quantized, mixer, c, tokenizer.sha256)
