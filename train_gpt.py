@@ -1405,8 +1405,8 @@ class Grid:
     in the coder, and nothing else is stored about the integers.
     """
 
-    CLASSES = 23
-    TOP_UNITS = 7  # no weight is stored larger; 7 * 2^11 is an int16
+    CLASSES, TOP_UNITS = 23, 7  # no weight is stored larger than 7 units; 7 * 2^11 is an int16
+    LEVELS = torch.tensor([2.0 ** (k / 2) for k in range(CLASSES)])  # a unit, by class; the same bits on every machine
 
     unit: Tensor  # float16 []
     rows: Tensor  # int8 [rows]
@@ -1418,11 +1418,11 @@ class Grid:
 
     def steps(self) -> Tensor:
         """The distance of two levels, float32 [rows, cols]."""
-        return self.unit.float() * torch.exp2(-0.5 * self.classes())
+        return (self.unit.float() / self.LEVELS.to(self.unit.device))[self.classes().long()]
 
     def tops(self) -> Tensor:
         """The largest integers, float32 [rows, cols]."""
-        return (self.TOP_UNITS * torch.exp2(0.5 * self.classes())).floor()
+        return (self.TOP_UNITS * self.LEVELS.to(self.unit.device)).floor()[self.classes().long()]
 
     def nearest(self, w: Tensor) -> Tensor:
         """The integers of the levels next to w, int16 [rows, cols]."""
@@ -1447,7 +1447,7 @@ def with_weights(model: GPT, quantized: Quantized):
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How the loss on training text answers to an error in a tensor: e at (r, j) adds about rows[r] * columns[j] * e^2.
+    """What errors in a tensor cost on training text: e at (r, j) adds to the loss as rows[r] * columns[j] * e^2 does.
 
     `order` and `factor` are of linear maps only: the columns from the strongest input to the weakest, and the upper
     Cholesky factor of the inverse of the inputs' products in that order, which GPTQ rounds by.
@@ -1559,22 +1559,22 @@ def gptq(w: Tensor, grid: Grid, sensitivity: Sensitivity) -> Tensor:
     return integers[:, order.argsort()].to(torch.int16)
 
 
-def quantize(params: dict[str, Tensor], minded: dict[str, Sensitivity], fineness: float) -> Quantized:
+def quantize(params: dict[str, Tensor], costs: dict[str, Sensitivity], fineness: float) -> Quantized:
     """All quantized parameters at one fineness, on the CPU: linear maps by GPTQ, tables to the nearest levels."""
     found = {}
     for name, p in params.items():
-        w, sensitivity = p.detach(), minded[name]
+        w, sensitivity = p.detach(), costs[name]
         grid = sensitivity.grid(w, fineness)
         integers = grid.nearest(w) if sensitivity.factor is None else gptq(w, grid, sensitivity)
         found[name] = integers.cpu(), Grid(grid.unit.cpu(), grid.rows.cpu(), grid.columns.cpu())
     return found
 
 
-def entropy_bytes(params: dict[str, Tensor], minded: dict[str, Sensitivity], fineness: float) -> float:
+def entropy_bytes(params: dict[str, Tensor], costs: dict[str, Sensitivity], fineness: float) -> float:
     """What the integers of the nearest levels take under a table for each class: all but a few percent of the file."""
     counts, raw_bits = torch.zeros(Grid.CLASSES * 256), 0
     for name, p in params.items():
-        grid = minded[name].grid(p.detach(), fineness)
+        grid = costs[name].grid(p.detach(), fineness)
         classes = grid.classes().long()
         n_low = low_bits(classes)
         cell = 256 * classes + 128 + (grid.nearest(p.detach()) >> n_low)
@@ -1598,14 +1598,14 @@ def check_room(model: GPT, c: Config, run: Run) -> None:
     run.log(f"room: {room} bytes beside the script, {8 * room / n_weights:.2f} bits for each of {n_weights} weights")
 
 
-def finest(params: dict[str, Tensor], minded: dict[str, Sensitivity], n_bytes: float) -> float:
+def finest(params: dict[str, Tensor], costs: dict[str, Sensitivity], n_bytes: float) -> float:
     """The largest fineness at which the integers' entropy is at most n_bytes; FINENESS[1] if all are."""
     low, high = FINENESS
-    if entropy_bytes(params, minded, high) <= n_bytes:
+    if entropy_bytes(params, costs, high) <= n_bytes:
         return high
     for _ in range(16):
         middle = (low + high) / 2
-        low, high = (middle, high) if entropy_bytes(params, minded, middle) <= n_bytes else (low, middle)
+        low, high = (middle, high) if entropy_bytes(params, costs, middle) <= n_bytes else (low, middle)
     return low
 
 
@@ -1613,29 +1613,34 @@ FINENESS = (-64.0, 64.0)  # at the one every class is the first, at the other th
 SLACK = 0.002  # of the bytes that an artifact may take; what it may leave free
 
 
-def fill(model: GPT, minded: dict[str, Sensitivity], mixer: Maxent, c: Config, tokenizer_sha256: str) -> Quantized:
+def fill(model: GPT, costs: dict[str, Sensitivity], mixer: Maxent, c: Config, tokenizer_sha256: str) -> Quantized:
     """The finest quantization with which script and artifact take TARGET_BYTES or, by less than SLACK, fewer.
 
     The file is larger than the entropy of the nearest levels by a few percent that hardly depend on the fineness: one
     quantization tells them, the next one lands.
     """
-    params, room = quantized_parameters(model), c.target_bytes - os.path.getsize(__file__)
+    n_mixer = sum(p.numel() for p in mixer.parameters())  # fitted later, which may add a bit or two to each number
+    params, room = quantized_parameters(model), c.target_bytes - os.path.getsize(__file__) - n_mixer // 4
     overhead = 1.03
     for _ in range(4):
-        fineness = finest(params, minded, room / overhead)
-        quantized = quantize(params, minded, fineness)
+        fineness = finest(params, costs, room / overhead)
+        quantized = quantize(params, costs, fineness)
         n_bytes = len(pack(model, quantized, mixer, c, tokenizer_sha256))
         if n_bytes <= room and (n_bytes >= (1 - SLACK) * room or fineness == FINENESS[1]):
             break
         overhead *= (1 + SLACK / 4) * n_bytes / room
+    if n_bytes > room:
+        raise InputError(
+            f"TARGET_BYTES={c.target_bytes}: the artifact is {n_bytes - room} bytes over; make the model smaller"
+        )
     return quantized
 
 
 def quantize_to_size(model: GPT, mixer: Maxent, c: Config, run: Run, tokenizer_sha256: str) -> tuple[Quantized, float]:
     """What the artifact will hold of the quantized parameters, alike on all ranks, and the seconds that it took."""
     clock, loader = Clock(run), TrainLoader(c, run)
-    minded = sensitivities(model, loader.first_sequences(c.gptq_tokens), c, run)
-    quantized = run.broadcast(fill, model, minded, mixer, c, tokenizer_sha256)
+    costs = sensitivities(model, loader.first_sequences(c.gptq_tokens), c, run)
+    quantized = run.broadcast(fill, model, costs, mixer, c, tokenizer_sha256)
     seconds = round(run.max(clock.seconds()), 3)
     before = held_out_loss(model, loader, c, run)
     with with_weights(model, quantized):
