@@ -1520,7 +1520,7 @@ def sensitivities(model: GPT, batch: Tensor, c: Config, run: Run) -> dict[str, S
         return maps[name].register_forward_pre_hook(add)
 
     handles = [watch(name) for name in maps]
-    for sequence in batch.split(1):
+    for sequence in batch.unsqueeze(1):
         model.zero_grad()
         token_nll(model, sequence[:, :-1], sequence[:, 1:]).sum().backward()
         fill_gradients(list(params.values()))
@@ -1616,19 +1616,19 @@ SLACK = 0.002  # of the bytes that an artifact may take; what it may leave free
 def fill(model: GPT, costs: dict[str, Sensitivity], mixer: Maxent, c: Config, tokenizer_sha256: str) -> Quantized:
     """The finest quantization with which script and artifact take TARGET_BYTES or, by less than SLACK, fewer.
 
-    The file is larger than the entropy of the nearest levels by a few percent that hardly depend on the fineness: one
-    quantization tells them, the next one lands.
+    What the file takes besides the entropy of the nearest levels hardly depends on the fineness: one quantization tells
+    it, the next one lands. Raises InputError if even the coarsest is too large.
     """
     n_mixer = sum(p.numel() for p in mixer.parameters())  # fitted later, which may add a bit or two to each number
     params, room = quantized_parameters(model), c.target_bytes - os.path.getsize(__file__) - n_mixer // 4
-    overhead = 1.03
-    for _ in range(4):
-        fineness = finest(params, costs, room / overhead)
+    besides = 0.03 * room
+    for _ in range(8):
+        fineness = finest(params, costs, room - besides)
         quantized = quantize(params, costs, fineness)
         n_bytes = len(pack(model, quantized, mixer, c, tokenizer_sha256))
         if n_bytes <= room and (n_bytes >= (1 - SLACK) * room or fineness == FINENESS[1]):
             break
-        overhead *= (1 + SLACK / 4) * n_bytes / room
+        besides += n_bytes - (1 - SLACK / 4) * room
     if n_bytes > room:
         raise InputError(
             f"TARGET_BYTES={c.target_bytes}: the artifact is {n_bytes - room} bytes over; make the model smaller"

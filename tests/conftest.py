@@ -64,6 +64,7 @@ TINY = dict(
     muon_momentum_warmup_steps=4,
     train_log_every=4,
     swa_every=2,
+    gptq_tokens=256,
     eval_seq_len=32,
     eval_stride=8,
     ttt_chunk_tokens=256,
@@ -184,6 +185,19 @@ def build(config, seed=0):
         for p in model.parameters():
             p.add_(0.2 * torch.randn(p.shape, generator=generator))
     return model
+
+
+def stored(model, fineness=11.0):
+    """A model's quantized parameters at the nearest levels of grids of several classes each; no text has a part in it.
+
+    Takes the place of the fit to training text where the numbers themselves do not matter.
+    """
+    found = {}
+    for name, p in train_gpt.quantized_parameters(model).items():
+        rows, columns = (2.0 ** (torch.arange(n) % 4) for n in p.shape)
+        grid = train_gpt.Sensitivity(rows, columns).grid(p.detach(), fineness)
+        found[name] = grid.nearest(p.detach()), grid
+    return found
 
 
 def random_tokens(config, batch=2, seq_len=24, seed=0):

@@ -13,7 +13,7 @@ import torch
 
 import bench
 import train_gpt
-from conftest import Alone, build
+from conftest import Alone, build, stored
 from test_mixing import random_rows
 from train_gpt import ContextIndex, Maxent, Tokenizer
 
@@ -30,7 +30,7 @@ def start(*arguments):
 def artifact(tiny_config, tmp_path_factory):
     c, path = tiny_config(), tmp_path_factory.mktemp("bench") / "tiny.artifact"
     model = build(c)
-    path.write_bytes(train_gpt.pack(model, train_gpt.rounded(model, c), Maxent(c), c, Tokenizer(c).sha256))
+    path.write_bytes(train_gpt.pack(model, stored(model), Maxent(c), c, Tokenizer(c).sha256))
     return path
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import codec
 import train_gpt
-from conftest import Alone, build
+from conftest import Alone, build, stored
 from test_mixing import random_maxent
 from train_gpt import InputError, Tokenizer
 
@@ -30,7 +30,7 @@ def world(tiny_config, tmp_path_factory):
     c = tiny_config(ttt_chunk_tokens=128, ttt_lr=0.05, ttt_epochs=1, val_tokens=N, stages=("mixed",))
     path = tmp_path_factory.mktemp("codec") / "tiny.artifact"
     model, mixer = build(c), random_maxent(c).float()
-    path.write_bytes(train_gpt.pack(model, train_gpt.rounded(model, c), mixer, c, Tokenizer(c).sha256))
+    path.write_bytes(train_gpt.pack(model, stored(model), mixer, c, Tokenizer(c).sha256))
     tokenizer = Tokenizer(c)
     return c, path, tokenizer, train_gpt.Stream(c, torch.device("cpu"), tokenizer).tokens
 

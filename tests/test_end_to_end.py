@@ -136,9 +136,9 @@ def test_each_stage_has_its_lines_and_they_agree_with_the_record(whole_run, stag
 def test_the_size_lines_agree_with_the_record(whole_run):
     sizes = whole_run.record["artifact"]
     for line in (
-        f"Code size: {sizes['code_bytes']} bytes",
-        f"Serialized model int6+range: {sizes['model_bytes']} bytes",
-        f"Total submission size int6+range: {sizes['total_bytes']} bytes cap:16000000 "
+        f"Code size: {sizes['code_bytes']} bytes ({train_gpt.minified_bytes()} if it were minified and compressed)",
+        f"Serialized model range: {sizes['model_bytes']} bytes",
+        f"Total submission size range: {sizes['total_bytes']} bytes cap:16000000 "
         f"margin:{16_000_000 - sizes['total_bytes']}",
     ):
         assert whole_run.lines.count(line) == 1
@@ -147,6 +147,13 @@ def test_the_size_lines_agree_with_the_record(whole_run):
 def test_the_last_line_is_the_score(whole_run):
     bpb = whole_run.record["val_bpb"]
     assert whole_run.lines[-1] == f"final val_bpb:{bpb:.8f} stage:mixed documents:16 whole stream"
+
+
+def test_the_log_says_what_storing_costs_in_nats(whole_run):
+    pattern = r"quantization: float:(\S+) stored:(\S+) gap:(\S+) \d+ms"
+    (line,) = matching(whole_run, pattern)
+    before, after, gap = map(float, re.fullmatch(pattern, line).groups())
+    assert gap == pytest.approx(after - before, abs=2e-5) and abs(gap) < 1e-3  # there is room for every class's last
 
 
 # The record
@@ -201,6 +208,14 @@ def test_adaptation_helps_and_counts_help_more(whole_run):
     """On a stream of regular text and a model of twelve steps, far beyond any chance."""
     bpb = {stage: row["val_bpb"] for stage, row in whole_run.record["stages"].items()}
     assert bpb["ttt"] < bpb["roundtrip"] - 0.01 and bpb["mixed"] < bpb["ttt"] - 0.5
+
+
+@pytest.mark.parametrize("codec", ["range", "lzma"])
+def test_script_and_artifact_take_the_size_that_was_asked_for(start, codec):
+    """Never more, and less by what `fill` may leave and what it keeps for the mixer's numbers."""
+    target = SCRIPT.stat().st_size + 24_000
+    run = finished(start(f"sized_{codec}", phase="train", iterations=2, target_bytes=target, codec=codec))
+    assert 0.98 * 24_000 <= run.artifact.stat().st_size <= 24_000
 
 
 # Per-token scores
@@ -272,8 +287,8 @@ def test_two_processes_score_as_one_does_in_bfloat16_too(start, whole_run, optim
 
 
 def test_a_process_without_a_sequence_takes_part(start):
-    """One sequence a step on two processes."""
-    changes = dict(train_batch_tokens=32, phase="train", iterations=2)
+    """One sequence a step on two processes, and one to measure what errors in weights cost."""
+    changes = dict(train_batch_tokens=32, gptq_tokens=32, phase="train", iterations=2)
     assert finished(start("idle", processes=2, **changes)).record["train"]["tokens"] == 64
 
 
@@ -335,6 +350,12 @@ def test_a_value_that_does_not_parse_is_refused_before_anything_is_written(start
 
 def test_a_near_miss_is_refused(start):
     assert_refused(start("near", extra=dict(WARMDOWN_ITER="9")), "WARMDOWN_ITER", "did you mean WARMDOWN_ITERS?")
+
+
+def test_a_size_that_holds_no_model_is_refused_before_any_training(start):
+    run = start("no_room", target_bytes=1000)
+    assert_refused(run, "TARGET_BYTES=1000", f"{SCRIPT.stat().st_size} bytes", "make the model smaller")
+    assert not matching(run, "(warmup_step|step):.*") and run.record is None and not run.artifact.exists()
 
 
 def test_missing_shards_are_refused(start, tmp_path, tiny_tokenizer):

@@ -1,4 +1,4 @@
-"""Training: the schedule, the loss weights, what stands in for the weights, and the published CROWN-Q beside ours."""
+"""Training: the schedule, the loss weights, what stands in for the weights, and why CROWN-Q has no part in it."""
 
 import dataclasses
 
@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 import train_gpt
-from conftest import Alone
-from train_gpt import GPT, Config, Optimizers, TrainLoader, WeightAverages, dequantize, quantize, schedule
+from conftest import Alone, build, random_tokens, stored
+from train_gpt import GPT, Config, Optimizers, TrainLoader, WeightAverages, dequantize, schedule, with_weights
 
 STEPS = Config(iterations=1000, max_wallclock_seconds=0.0, warmdown_iters=400, lr_warmup_iters=10)
 
@@ -46,20 +46,10 @@ def test_lengths_are_taken_as_given_unless_the_clock_shortens_the_run():
 
 def test_a_slow_machine_still_gets_every_phase():
     """Defaults on a machine that makes 40 steps in the time: warm-ups and warmdown shrink to their share of the run."""
-    phases = [schedule(step, 15.0 * step, Config(crown_q_lambda=1.0)) for step in range(40)]
+    phases = [schedule(step, 15.0 * step, Config()) for step in range(40)]
     assert max(p.lr_scale for p in phases) == 1.0
-    assert phases[-1].lr_scale < 0.1 and phases[-1].fake_quant
+    assert phases[-1].lr_scale < 0.1 and phases[-1].collect_swa
     assert phases[-1].muon_momentum == pytest.approx(Config().muon_momentum)
-    assert any(p.weight_noise for p in phases)
-
-
-def test_noise_in_warmdown_until_quantization_takes_over():
-    phases = [schedule(step, 0.0, dataclasses.replace(STEPS, crown_q_lambda=1.0)) for step in range(1000)]
-    assert not any(p.weight_noise or p.fake_quant for p in phases[:601])
-    assert all(p.weight_noise != p.fake_quant for p in phases[601:])
-    assert phases[-1].fake_quant and [p.fake_quant for p in phases].index(True) > 901
-    off = [schedule(step, 0.0, dataclasses.replace(STEPS, crown_q_lambda=0.0)) for step in range(1000)]
-    assert not any(p.weight_noise for p in off)
 
 
 def test_complement_weights_are_the_formula_on_counted_bigrams(tiny_config):
@@ -97,46 +87,26 @@ def test_weights_are_replaced_inside_and_restored_outside_even_after_an_error(ti
     config = tiny_config()
     model = GPT(config).init_weights(config)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with pytest.raises(KeyError), train_gpt.fake_quantized(model, config):
+    quantized = stored(model)
+    with pytest.raises(KeyError), with_weights(model, quantized):
         for name, p in train_gpt.quantized_parameters(model).items():
-            rounded = dequantize(*quantize(before[name], *train_gpt.quantizer_of(name, config)))
-            assert torch.equal(p, rounded)
+            assert torch.equal(p, dequantize(*quantized[name]))
         raise KeyError
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_late_qat_acts_on_a_compiled_model(tiny_config):
-    """Published late QAT was a flag that the compiler folded away; here the graph reads the rounded weights."""
-    config = tiny_config(matrix_clip_sigmas=60.0)  # coarse, so that rounding shows
-    model = GPT(config).init_weights(config)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+def test_replaced_weights_act_on_a_compiled_model(tiny_config):
+    """Published late QAT was a flag that the compiler folded away; here the graph reads what is in the parameters."""
+    config = tiny_config()
+    model = build(config)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
-    tokens = torch.randint(4, config.vocab_size, (2, 16))
+    tokens = random_tokens(config)
     plain = compiled(tokens)
-    with train_gpt.fake_quantized(model, config):
-        rounded = compiled(tokens)
-        torch.testing.assert_close(rounded, model(tokens), atol=1e-5, rtol=1e-5)
-        rounded.sum().backward()
-    assert (rounded - plain).abs().max() > 1e-2
-    assert all(p.grad is not None for p in train_gpt.quantized_parameters(model).values())
+    with with_weights(model, stored(model, fineness=2.0)):  # coarse, so that rounding shows
+        replaced = compiled(tokens)
+        torch.testing.assert_close(replaced, model(tokens), atol=1e-5, rtol=1e-5)
+    assert (replaced - plain).abs().max() > 1e-2
     torch.testing.assert_close(compiled(tokens), plain)
-
-
-def test_noise_is_uniform_within_half_a_step_and_repeats_by_step(tiny_config):
-    config = tiny_config(crown_q_lambda=1.0)
-    model = GPT(config).init_weights(config)
-    p = model.blocks[0].up.weight
-    before = p.detach().clone()
-    step_size = quantize(before, *train_gpt.quantizer_of("blocks.0.up.weight", config))[1].float().unsqueeze(1)
-    seen = []
-    for step in (3, 3, 4):
-        with train_gpt.noisy(model, config, step, torch.device("cpu")):
-            seen.append((p.detach() - before) / step_size)
-    assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
-    assert seen[0].abs().max() <= 0.5 + 1e-4
-    assert seen[0].var().item() == pytest.approx(1 / 12, rel=0.1)
 
 
 def test_warm_up_leaves_no_trace(tiny_config):
@@ -153,7 +123,7 @@ def test_warm_up_leaves_no_trace(tiny_config):
     assert after["adam"]["state"] == state["adam"]["state"] == {}
 
 
-def test_chosen_average_is_the_best_on_training_text_as_stored(tiny_config):
+def test_chosen_average_is_the_best_on_held_out_training_text(tiny_config):
     config = tiny_config(swa_every=1, swa_start_scale=1.0)
     model = GPT(config).init_weights(config)
     good = [p.detach().clone() for p in model.parameters()]
@@ -181,9 +151,9 @@ def published_crown_q(model, clip=31, lam=0.01):
     return penalty
 
 
-def test_published_crown_q_has_no_gradient_to_speak_of_and_the_noise_has(tiny_config):
-    """Gradient per weight: the published penalty is under a ten-thousandth of the loss's, the noise's is not."""
-    config = tiny_config(model_dim=64, crown_q_lambda=1.0)
+def test_published_crown_q_has_no_gradient_to_speak_of(tiny_config):
+    """Per weight it is under a ten-thousandth of the loss's, which is why there is no such setting here."""
+    config = tiny_config(model_dim=64)
     model = GPT(config).init_weights(config)
     loader, optimizers = TrainLoader(config, Alone()), Optimizers(model, config, Alone())
     for step in range(10):
@@ -194,15 +164,7 @@ def test_published_crown_q_has_no_gradient_to_speak_of_and_the_noise_has(tiny_co
     def rms(gradients):
         return torch.cat([g.flatten() for g in gradients]).square().mean().sqrt().item()
 
-    def loss_gradients(step):
-        for p in model.parameters():
-            p.grad = None
-        train_gpt.accumulate_gradients(model, loader.batch(step), None, config)
-        return [p.grad.clone() for p in matrices]
-
-    plain = loss_gradients(10)
+    model.zero_grad()
+    train_gpt.accumulate_gradients(model, loader.batch(10), None, config)
     published = torch.autograd.grad(published_crown_q(model), matrices)
-    with train_gpt.noisy(model, config, 10, torch.device("cpu")):
-        noise = [a - b for a, b in zip(loss_gradients(10), plain, strict=True)]
-    assert rms(published) < 1e-4 * rms(plain)
-    assert rms(noise) > 1e-3 * rms(plain)
+    assert rms(published) < 1e-4 * rms([p.grad for p in matrices])

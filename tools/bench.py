@@ -2,24 +2,46 @@
 
 python tools/bench.py mixer --data D              # the index and the mixture alone: tokens/s and bytes by length
 python tools/bench.py worth --artifact A --data D  # what each mixer and each source of evidence gains
+PRESET=cpu python tools/bench.py artifact --weights W.npz --data D  # bytes against loss: levels, coders, allocations
 """
 
 from __future__ import annotations
 
 import argparse
+import bz2
 import copy
 import dataclasses
+import os
+import re
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import brotli
+import matplotlib
 import numpy as np
 import torch
+import zstandard
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
-from train_gpt import Case, Config, ContextIndex, Evidence, Fitter, InputError, Maxent, OneTokenTilt, Run
+from train_gpt import (
+    Case,
+    Config,
+    ContextIndex,
+    Evidence,
+    Fitter,
+    Grid,
+    InputError,
+    Maxent,
+    OneTokenTilt,
+    Quantized,
+    Run,
+    Sensitivity,
+    dequantize,
+)
 
 # ======================================================================================================================
 # mixer: how fast the index and the mixture are, and how large, as the stream grows.
@@ -511,6 +533,376 @@ def report(nats: dict[str, Tensor], stream, args, run: Run) -> None:
         run.log(f"{name:<36} {bpb:8.4f} {change[0]:+8.4f}     {change[1]:+8.4f}    {change[2]:+8.4f}")
 
 
+# ======================================================================================================================
+# artifact: what a byte buys. Levels, coders and allocations on one trained model, at sizes like the competition's.
+# ======================================================================================================================
+
+FULL_SIZE_WEIGHTS = 26_968_064  # integers of the competition model: sizes are also given as if the model had so many
+
+
+@dataclasses.dataclass(frozen=True)
+class RowGrid(Grid):
+    """The published levels: one float16 step a row, integers of a fixed range."""
+
+    scale: Tensor  # float16 [rows]
+    top: int
+
+    @classmethod
+    def of(cls, w: Tensor, scale: Tensor, bits: int) -> RowGrid:
+        return cls(torch.ones(()), torch.zeros(len(w)), torch.zeros(w.shape[1]), scale.half(), 2 ** (bits - 1) - 1)
+
+    def steps(self) -> Tensor:
+        return self.scale.float().unsqueeze(1).expand(-1, len(self.columns))
+
+    def tops(self) -> Tensor:
+        return torch.full((len(self.scale), len(self.columns)), float(self.top))
+
+
+def percentile_search(w: Tensor, bits: int) -> tuple[RowGrid, float]:
+    """The clip search of the published scripts, and the share of rows whose step is the floor that they give it.
+
+    Of five percentiles of each row's magnitudes as its range, the one with the least squared error over the whole
+    matrix; no step is below 1 / top.
+    """
+    top, found = 2 ** (bits - 1) - 1, []
+    for share in (0.999, 0.9995, 0.9999, 0.99999, 1.0):
+        clip = torch.quantile(w.abs(), share, dim=1)
+        grid = RowGrid.of(w, (clip / top).clamp(min=1 / top), bits)
+        error = (dequantize(grid.nearest(w), grid) - w).square().sum().item()
+        found.append((error, (clip < 1).float().mean().item(), grid))
+    _, at_floor, grid = min(found, key=lambda item: item[0])
+    return grid, at_floor
+
+
+def kind_of(name: str) -> str:
+    """The name of a tensor without the number of its layer."""
+    return re.sub(r"blocks\.\d+\.", "", name.removesuffix(".weight"))
+
+
+class Subject:
+    """A model with float weights, what its errors cost, and the losses of what stands in for it."""
+
+    def __init__(self, args, c: Config, run: Run):
+        self.c, self.run = c, run
+        self.model = train_gpt.GPT(c, run.dtype).to(run.device)
+        self.stream = train_gpt.Stream(c, run.device, train_gpt.Tokenizer(c))
+        load_or_train(self.model, Path(args.weights), c, run, self.stream)
+        self.params = {name: p.detach().clone() for name, p in train_gpt.quantized_parameters(self.model).items()}
+        self.kinds = list(dict.fromkeys(map(kind_of, self.params)))
+        self.n_weights = sum(w.numel() for w in self.params.values())
+        self.loader = train_gpt.TrainLoader(c, run)
+        lessons = self.loader.first_sequences(c.gptq_tokens)
+        self.costs = train_gpt.sensitivities(self.model, lessons, c, run)
+        self.lesson_tokens = lessons[:, 1:].numel()
+        named = self.model.named_parameters()
+        self.others = b"".join(train_gpt.as_bytes(p.detach().half()) for name, p in named if name not in self.params)
+        self.held_out, self.val_bpb = self.losses(self.params)
+
+    def losses(self, weights: dict[str, Tensor]) -> tuple[float, float]:
+        """Nats a token of held-out training text, and bits per byte of the stream on disjoint windows."""
+        params = train_gpt.quantized_parameters(self.model)
+        with train_gpt.weights_replaced([params[name] for name in weights], list(weights.values())):
+            held_out = train_gpt.held_out_loss(self.model, self.loader, self.c, self.run)
+            neural = train_gpt.Frozen(self.model, self.c, self.run, self.c.eval_seq_len)
+            return held_out, train_gpt.score(neural, self.stream, self.c.val_batch_size, self.run).val_bpb
+
+    def nearest(self, grids: dict[str, Grid]) -> Quantized:
+        return {name: (grid.nearest(self.params[name]), grid) for name, grid in grids.items()}
+
+    def gptq(self, grids: dict[str, Grid]) -> Quantized:
+        """Linear maps by GPTQ, tables to the nearest levels."""
+        maps = {name: grid for name, grid in grids.items() if self.costs[name].factor is not None}
+        fitted = {n: (train_gpt.gptq(self.params[n], grid, self.costs[n]), grid) for n, grid in maps.items()}
+        return self.nearest(grids) | fitted
+
+    def searched(self, bits: int) -> dict[str, Grid]:
+        """The published baseline: matrices of the given bits, embeddings of two more."""
+        return {n: percentile_search(w, bits + 2 * train_gpt.is_embedding(n))[0] for n, w in self.params.items()}
+
+    def by_deviation(self, sigmas: float) -> dict[str, Grid]:
+        """SDClip (PR #1394): int6 over so many deviations of a row, and embeddings int8 over 16."""
+        grids = {}
+        for name, w in self.params.items():
+            bits, reach = (8, 16.0) if train_gpt.is_embedding(name) else (6, sigmas)
+            scale = reach / (2 ** (bits - 1) - 1) * w.square().mean(1).sqrt()
+            grids[name] = RowGrid.of(w, scale.clamp(min=train_gpt.SMALLEST_UNIT), bits)
+        return grids
+
+    def allocated(self, bits: float, costs: dict[str, Sensitivity]) -> dict[str, Grid]:
+        """The finest grids at which the nearest levels have the given entropy a weight."""
+        fineness = train_gpt.finest(self.params, costs, bits * self.n_weights / 8)
+        return {name: costs[name].grid(w, fineness) for name, w in self.params.items()}
+
+    def flattened(self, rows: bool) -> dict[str, Sensitivity]:
+        """Sensitivities that differ between tensors only, or between their rows too."""
+
+        def flat(x: Tensor) -> Tensor:
+            return torch.full_like(x, x.clamp(min=1e-30).log().mean().exp().item())
+
+        return {
+            name: dataclasses.replace(
+                s, columns=flat(s.columns), rows=s.rows if rows else torch.full_like(s.rows, s.rows.mean())
+            )
+            for name, s in self.costs.items()
+        }
+
+    def bytes_beside(self, quantized: Quantized) -> int:
+        """All of the artifact but the integers: steps, and the other parameters."""
+        grids = [grid for _, grid in quantized.values()]
+        parts = ["scale"] if isinstance(grids[0], RowGrid) else ["unit", "rows", "columns"]
+        raw = [b"".join(train_gpt.as_bytes(getattr(grid, part)) for grid in grids) for part in parts]
+        return sum(len(train_gpt.compress(part)) for part in [*raw, self.others])
+
+    def as_symbols(self, quantized: Quantized) -> tuple[np.ndarray, np.ndarray, int]:
+        """The integers as bytes, the table of each and the low bits that no table codes.
+
+        A Grid has a table for each class; for a RowGrid, every kind of tensor gets one.
+        """
+        values, tables, n_low_bits = [], [], 0
+        for name, (integers, grid) in quantized.items():
+            x, classes = integers.numpy(), train_gpt.classes_of(grid).astype(np.int16)
+            if isinstance(grid, RowGrid):
+                n_low, classes = np.zeros_like(classes), np.full_like(classes, self.kinds.index(kind_of(name)))
+            else:
+                n_low = train_gpt.low_bits(classes)
+            values.append((x >> n_low).astype(np.uint8).ravel())
+            tables.append(classes.astype(np.uint8).ravel())
+            n_low_bits += int(n_low.sum())
+        return np.concatenate(values), np.concatenate(tables), n_low_bits
+
+    def by_range_coder(self, quantized: Quantized) -> int:
+        values, tables, n_low_bits = self.as_symbols(quantized)
+        frequencies = train_gpt.count_frequencies(values, tables)
+        coded = len(train_gpt.range_encode(values, tables, frequencies)) + n_low_bits // 8
+        return coded + len(train_gpt.compress(frequencies.astype("<u2").tobytes()))
+
+    def entropy_bytes(self, quantized: Quantized) -> float:
+        """Of the integers under the best static table for each class or kind, which itself costs nothing here."""
+        values, tables, n_low_bits = self.as_symbols(quantized)
+        counts = np.bincount(train_gpt.cells(values, tables), minlength=256 * Grid.CLASSES).reshape(-1, 256)
+        shares = counts / counts.sum(1, keepdims=True).clip(1)
+        return (n_low_bits - (counts * np.log2(shares.clip(1e-30))).sum()) / 8
+
+
+def load_or_train(model, path: Path, c: Config, run: Run, stream) -> None:
+    """Put a file's float weights into the model; if there is none, train with the settings in force and write it."""
+    if not path.exists():
+        train_gpt.train(model.init_weights(c), c, run, stream)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(path, **{name: p.detach().cpu().numpy() for name, p in model.named_parameters()})
+    with np.load(path) as kept, torch.no_grad():
+        for name, p in model.named_parameters():
+            if name not in kept or kept[name].shape != p.shape:
+                raise InputError(
+                    f"--weights={path}: no {name} of shape {tuple(p.shape)}; give the settings it came from"
+                )
+            p.copy_(torch.from_numpy(kept[name]))
+
+
+def one_byte_each(quantized: Quantized) -> bytes:
+    """The integers in the published containers."""
+    return b"".join(x.numpy().astype(np.int8).tobytes() for x, _ in quantized.values())
+
+
+def by_lzma(quantized: Quantized) -> int:
+    return len(train_gpt.compress(one_byte_each(quantized)))
+
+
+def low_rank(errors: dict[str, Tensor], n_tensors: int = 3, rank: int = 4) -> tuple[dict[str, Tensor], int]:
+    """LQER as published (PR #1797): what it adds to the tensors with the largest errors, and the bytes that it takes.
+
+    The first factor has two bits and one scale, the second four bits and a scale for each 32 numbers.
+    """
+    worst = sorted(errors, key=lambda name: -errors[name].norm().item())[:n_tensors]
+    added, n_bits = {}, 0
+    for name in worst:
+        u, s, vt = torch.linalg.svd(errors[name], full_matrices=False)
+        a, b = u[:, :rank] * s[:rank], vt[:rank]
+        scale = a.abs().max() / 1.5
+        a = (a / scale).round().clamp(-2, 1) * scale
+        groups = torch.nn.functional.pad(b.flatten(), (0, -b.numel() % 32)).view(-1, 32)
+        steps = groups.abs().amax(1, keepdim=True).clamp(min=1e-12) / 7.5
+        b = ((groups / steps).round().clamp(-8, 7) * steps).flatten()[: b.numel()].view_as(b)
+        added[name] = a @ b
+        n_bits += 2 * a.numel() + 16 + 4 * b.numel() + 16 * len(groups)
+    return added, n_bits // 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """What one method comes to at one size."""
+
+    method: str
+    knob: float
+    n_bytes: int  # of the artifact, less header and mixer
+    bound_bytes: float  # the same with the integers at their entropy
+    held_out: float
+    val_bpb: float
+
+
+def measure(subject: Subject, method: str, knob: float, quantized: Quantized, coder: Callable, lqer=False) -> Point:
+    weights = {name: dequantize(*pair) for name, pair in quantized.items()}
+    extra = 0
+    if lqer:
+        added, extra = low_rank({name: subject.params[name] - w for name, w in weights.items()})
+        weights |= {name: weights[name] + correction for name, correction in added.items()}
+    beside = subject.bytes_beside(quantized) + extra
+    losses = subject.losses(weights)
+    return Point(method, knob, coder(quantized) + beside, subject.entropy_bytes(quantized) + beside, *losses)
+
+
+def points(subject: Subject):
+    """Every method at a ladder of sizes."""
+    s = subject
+    for bits in (6, 5, 4):
+        yield measure(s, "uniform int-k, LZMA", bits, s.nearest(s.searched(bits)), by_lzma)
+    for sigmas in (5, 7, 9, 12.85, 18, 26):
+        grids = s.by_deviation(sigmas)
+        fitted = s.gptq(grids)
+        yield measure(s, "SD clip, LZMA", sigmas, s.nearest(grids), by_lzma)
+        yield measure(s, "... and GPTQ", sigmas, fitted, by_lzma)
+        yield measure(s, "... and range coder", sigmas, fitted, s.by_range_coder)
+    tensors, rows = s.flattened(rows=False), s.flattened(rows=True)
+    for bits in (2.2, 2.6, 3.0, 3.5, 4.0, 4.75):
+        for method, costs in (
+            ("... allocation to tensors", tensors),
+            ("... and to rows", rows),
+            ("... and to columns: default", s.costs),
+        ):
+            quantized = s.gptq(s.allocated(bits, costs))
+            yield measure(s, method, bits, quantized, s.by_range_coder)
+        yield measure(s, "default and LQER", bits, quantized, s.by_range_coder, lqer=True)
+
+
+def gap_at(found: list[Point], n_bytes: float, floats: float) -> float | None:
+    """The held-out gap at a size between two points, on a line in its logarithm; None outside them."""
+    found = sorted(found, key=lambda point: point.n_bytes)
+    sizes = [point.n_bytes for point in found]
+    if not sizes[0] <= n_bytes <= sizes[-1]:
+        return None
+    gaps = [np.log(max(point.held_out - floats, 1e-5)) for point in found]
+    return float(np.exp(np.interp(n_bytes, sizes, gaps)))
+
+
+def report_sizes(subject: Subject, found: list[Point], run: Run) -> None:
+    """Gaps at the sizes that 8 to 16 MB would be for the competition model."""
+    methods = list(dict.fromkeys(point.method for point in found))
+    marks = (8, 10, 12, 14, 16)
+    run.log(f"\n# held-out gap by size, between the points above; MB as if the model had {FULL_SIZE_WEIGHTS} weights")
+    run.log(f"{'method':<30}" + "".join(f"{mark:>10} MB" for mark in marks))
+    for method in methods:
+        of_method = [point for point in found if point.method == method]
+        sizes = [1e6 * mark * subject.n_weights / FULL_SIZE_WEIGHTS for mark in marks]
+        gaps = [gap_at(of_method, size, subject.held_out) for size in sizes]
+        run.log(f"{method:<30}" + "".join(f"{gap:13.5f}" if gap else f"{'':>13}" for gap in gaps))
+
+
+def report_codecs(subject: Subject, run: Run) -> None:
+    """The same integers by general compressors and by the range coder."""
+    compressors = {
+        "LZMA -9e": train_gpt.compress,
+        "zstd -22": zstandard.ZstdCompressor(level=22).compress,
+        "brotli -11": brotli.compress,
+        "bzip2 -9": bz2.compress,
+    }
+    run.log(
+        "\n# bytes of the integers alone, steps not counted, and the excess over their entropy under the coder's tables"
+    )
+    for label, grids in (
+        ("SD clip 12.85, GPTQ", subject.by_deviation(12.85)),
+        ("default, 3.5 bits", subject.allocated(3.5, subject.costs)),
+    ):
+        quantized = subject.gptq(grids)
+        raw, entropy = one_byte_each(quantized), subject.entropy_bytes(quantized)
+        sizes = {name: len(squeeze(raw)) for name, squeeze in compressors.items()}
+        sizes["range coder"] = subject.by_range_coder(quantized)
+        for name, size in sizes.items():
+            run.log(f"{label:<22} {name:<12} {size:10d} {100 * (size / entropy - 1):+7.2f} %")
+        run.log(f"{label:<22} {'entropy':<12} {entropy:10.0f}")
+
+
+def report_kinds(subject: Subject, run: Run) -> None:
+    """What each kind of tensor costs and takes, at uniform int6 and at the allocation that has as many bits."""
+    uniform = subject.nearest(subject.by_deviation(12.85))
+    allocation = subject.gptq(subject.allocated(8 * subject.entropy_bytes(uniform) / subject.n_weights, subject.costs))
+    run.log(
+        "\n# by kind of tensor: bits a weight, and what rounding it alone adds to the held-out loss; then as predicted"
+    )
+    run.log(f"{'':<14} {'weights':>8}   {'SD clip 12.85, nearest levels':>34}   {'allocation, GPTQ':>34}")
+    for kind in subject.kinds:
+        names = [name for name in subject.params if kind_of(name) == kind]
+        line = f"{kind:<14} {sum(subject.params[name].numel() for name in names):8d}"
+        for quantized in (uniform, allocation):
+            part = {name: quantized[name] for name in names}
+            bits = 8 * subject.entropy_bytes(part) / sum(x.numel() for x, _ in part.values())
+            rise = subject.losses({name: dequantize(*pair) for name, pair in part.items()})[0] - subject.held_out
+            predicted = sum(predicted_rise(subject.costs[name], grid) for name, (_, grid) in part.items())
+            line += f"   {bits:12.2f} {rise:+10.5f} {predicted / subject.lesson_tokens:+10.5f}"
+        run.log(line)
+
+
+def predicted_rise(sensitivity: Sensitivity, grid: Grid) -> float:
+    """Half the curvature times the variance of rounding, over all weights: sums of nats over the lessons' tokens."""
+    weights = sensitivity.rows.unsqueeze(1) * sensitivity.columns
+    return (weights * grid.steps().square()).sum().item() / 24
+
+
+def plot(subject: Subject, found: list[Point], path: Path) -> None:
+    """val_bpb against the artifact's size, with the entropy bound of the default."""
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    scale = FULL_SIZE_WEIGHTS / subject.n_weights / 1e6
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for method in dict.fromkeys(point.method for point in found):
+        of_method = sorted((p for p in found if p.method == method), key=lambda p: p.n_bytes)
+        axes.plot([scale * p.n_bytes for p in of_method], [p.val_bpb for p in of_method], marker=".", label=method)
+    default = sorted((p for p in found if p.method.endswith("default")), key=lambda p: p.n_bytes)
+    bound = [scale * p.bound_bytes for p in default]
+    axes.plot(bound, [p.val_bpb for p in default], "k:", label="entropy bound of the default")
+    axes.axhline(subject.val_bpb, color="grey", linewidth=0.8, label="float weights")
+    axes.set(xlim=(7, 17), ylim=(subject.val_bpb - 0.002, subject.val_bpb + 0.05))
+    axes.set(xlabel=f"artifact, MB if the model had {FULL_SIZE_WEIGHTS:,} weights", ylabel="val_bpb, disjoint windows")
+    axes.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def bench_artifact(args, run: Run) -> None:
+    """All tables, and the plot if one is asked for."""
+    env = dict(os.environ)
+    c = dataclasses.replace(Config.from_env(env), data_path=args.data, val_tokens=args.val_tokens)
+    subject = Subject(args, c, run)
+    part = "whole stream" if subject.stream.whole else f"PARTIAL: first {len(subject.stream)} tokens"
+    run.log(f"# {Path(args.weights).name} on {Path(args.data).name}, {subject.stream.documents} documents, {part}")
+    floats = f"held-out {subject.held_out:.5f} nats a token, val_bpb {subject.val_bpb:.5f}"
+    run.log(f"# {subject.n_weights} quantized weights; float: {floats}")
+    floors = {
+        name: percentile_search(w, 6)[1] for name, w in subject.params.items() if not train_gpt.is_embedding(name)
+    }
+    weighted = sum(share * len(subject.params[name]) for name, share in floors.items())
+    rows = sum(len(subject.params[name]) for name in floors)
+    run.log(
+        f"# percentile search, int6: the step of {100 * weighted / rows:.1f} % of the matrices' rows is its floor, 1/31"
+    )
+    names = f"{'method':<30} {'knob':>6} {'bytes':>9} {'bits':>6} {'bound':>9}"
+    run.log(f"{names} {'held-out gap':>13} {'val_bpb':>9} {'gap':>9}")
+    found = []
+    for point in points(subject):
+        found.append(point)
+        bits = 8 * point.n_bytes / subject.n_weights
+        gaps = point.held_out - subject.held_out, point.val_bpb - subject.val_bpb
+        run.log(
+            f"{point.method:<30} {point.knob:6g} {point.n_bytes:9d} {bits:6.3f} {point.bound_bytes:9.0f} "
+            f"{gaps[0]:+13.5f} {point.val_bpb:9.5f} {gaps[1]:+9.5f}"
+        )
+    report_sizes(subject, found, run)
+    report_codecs(subject, run)
+    report_kinds(subject, run)
+    if args.plot:
+        plot(subject, found, Path(args.plot))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -535,10 +927,21 @@ def main() -> int:
     worth.add_argument("--brief", action="store_true", help="only the baseline and the default")
     worth.add_argument("--lesson-tokens", type=int, default=65536, help="of training text to fit on [65536]")
     worth.add_argument("--progress", action="store_true", help="say on standard error how far it is")
+    artifact = commands.add_parser("artifact", help="bytes against loss, by levels, coder and allocation")
+    artifact.add_argument(
+        "--weights", required=True, metavar="NPZ", help="float weights; trained and written if missing"
+    )
+    artifact.add_argument("--data", required=True, metavar="DIR", help="shards; settings come from the environment")
+    artifact.add_argument("--val-tokens", type=int, default=0, help="score only the first of them")
+    artifact.add_argument("--plot", metavar="SVG", help="val_bpb against bytes")
     args = parser.parse_args()
     try:
-        run = Run(Config(device="cpu" if args.command == "worth" else "auto"))
-        {"mixer": bench_mixer, "worth": bench_worth}[args.command](args, run)
+        run = Run(
+            Config.from_env(dict(os.environ))
+            if args.command == "artifact"
+            else Config(device="cpu" if args.command == "worth" else "auto")
+        )
+        {"mixer": bench_mixer, "worth": bench_worth, "artifact": bench_artifact}[args.command](args, run)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """What only a CUDA device can show. Run with: python -m pytest tests/gpu -q"""
 
 import dataclasses
+import os
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from test_model import naive_attention
 
 import codec
 import train_gpt
-from conftest import Alone, build, random_tokens
+from conftest import Alone, build, random_tokens, stored
 from test_mixing import random_maxent
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is present")
@@ -41,13 +42,13 @@ def test_compiled_bfloat16_forward_and_gradients_follow_float32(tiny_config):
     assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.98
 
 
-def test_late_qat_acts_on_the_compiled_model(tiny_config):
-    config = tiny_config(model_dim=256, num_heads=4, num_kv_heads=2, matrix_clip_sigmas=60.0)
+def test_stored_weights_act_on_the_compiled_model(tiny_config):
+    config = tiny_config(model_dim=256, num_heads=4, num_kv_heads=2)
     model = build(config).cuda()
     model.dtype = torch.bfloat16
     compiled, tokens = on_cuda().wrap(model), random_tokens(config, 4, 32).cuda()
     plain = compiled(tokens)
-    with train_gpt.fake_quantized(model, config):
+    with train_gpt.with_weights(model, stored(model, fineness=2.0)):  # coarse, so that rounding shows
         assert (compiled(tokens) - plain).abs().max() > 1e-2
     torch.testing.assert_close(compiled(tokens), plain)
 
@@ -66,6 +67,32 @@ def test_training_on_the_gpu_lowers_the_loss_and_restores_after_warm_up(tiny_con
         losses.append(nats.item() / config.train_batch_tokens)
         optimizers.step(1.0, 0.9)
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_model_on_the_gpu_is_fitted_to_the_size_and_comes_back(tiny_config, tmp_path):
+    room = 300_000
+    target = os.path.getsize(train_gpt.__file__) + room
+    c, run, path = tiny_config(model_dim=256, target_bytes=target, device="cuda"), on_cuda(), tmp_path / "x"
+    model = build(c).cuda()
+    model.dtype, mixer = torch.bfloat16, train_gpt.Maxent(c).cuda()
+    quantized, _ = train_gpt.quantize_to_size(model, mixer, c, run, "sha")
+    path.write_bytes(train_gpt.pack(model, quantized, mixer, c, "sha"))
+    assert 0.98 * room < path.stat().st_size <= room
+    restored = dict(train_gpt.unpack(train_gpt.read_artifact(path)[1], c, run)[0].named_parameters())
+    for name, (integers, grid) in quantized.items():
+        assert torch.equal(restored[name].cpu(), train_gpt.dequantize(integers, grid))
+
+
+def test_sensitivities_on_the_gpu_follow_the_cpu(tiny_config):
+    """The first step's worth of training text, in float32 on both; the factor as the products that it stands for."""
+    c, found = tiny_config(model_dim=256, num_heads=4, num_kv_heads=2), []
+    for run in (Alone(), on_cuda()):
+        batch = train_gpt.TrainLoader(c, run).first_sequences(c.gptq_tokens)
+        found.append(train_gpt.sensitivities(build(c).to(run.device), batch, c, run))
+    for name, expected in found[0].items():
+        for side in ("rows", "columns"):
+            a, b = getattr(expected, side), getattr(found[1][name], side).cpu()
+            assert (a - b).norm() < 2e-2 * a.norm(), (name, side)
 
 
 @pytest.mark.parametrize("stage", train_gpt.STAGES)
