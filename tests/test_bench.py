@@ -20,9 +20,9 @@ from train_gpt import ContextIndex, Maxent, Tokenizer
 ROOT = Path(train_gpt.__file__).resolve().parent
 
 
-def start(*arguments):
+def start(*arguments, env=os.environ):
     command = [sys.executable, str(ROOT / "tools" / "bench.py"), *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    env = {**env, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
 
 
@@ -162,6 +162,67 @@ def test_mixer_prints_a_row_a_length(tiny_data):
     done = start("mixer", "--data", tiny_data, "--millions", "0.001,0.003", "--orders", "1,2,5", *options)
     assert done.returncode == 0, done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["1024", "3000"]
+
+
+def test_artifact_trains_where_no_weights_are_and_prints_every_method_at_every_size(tiny_env, tiny_data, tmp_path):
+    weights, picture = tmp_path / "w.npz", tmp_path / "sizes.svg"
+    arguments = ("artifact", "--weights", weights, "--data", tiny_data, "--val-tokens", 300)
+    done = start(*arguments, "--plot", picture, env=tiny_env(iterations=2))
+    assert done.returncode == 0, done.stderr
+    assert picture.read_text().startswith("<?xml") and weights.exists()
+    assert "PARTIAL: first 300 tokens" in done.stdout
+    table = done.stdout[done.stdout.index("\nmethod  ") :].split("\n\n")[0].splitlines()[2:]
+    counts = {}
+    for line in table:
+        method, n_bytes, bits, bound = re.match(r"(.+?) {2,}\S+ +(\d+) +([\d.]+) +(\d+) ", line).groups()
+        counts[method] = counts.get(method, 0) + 1
+        assert int(n_bytes) > int(bound) and float(bits) > 0
+    assert counts.pop("uniform int-k, LZMA") == 3 and len(counts) == 7 and set(counts.values()) == {6}
+    for name in ("LZMA -9e", "zstd -22", "brotli -11", "bzip2 -9", "range coder", "entropy", "tok_emb", "attn.q"):
+        assert name in done.stdout
+    other = start(*arguments, env=tiny_env(model_dim=64))
+    assert other.returncode == 2 and "--weights" in other.stderr and len(other.stderr.splitlines()) == 1
+
+
+def test_weights_are_trained_once_and_then_read(tiny_config, tmp_path, monkeypatch):
+    c, trained = tiny_config(), []
+    monkeypatch.setattr(train_gpt, "train", lambda model, *_: trained.append(model))
+    models = [train_gpt.GPT(c), train_gpt.GPT(c)]
+    for model in models:
+        bench.load_or_train(model, tmp_path / "new" / "w.npz", c, Alone(), None)
+    assert trained == models[:1]
+    assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+
+
+def test_the_published_search_is_the_best_of_its_percentiles_with_its_floor():
+    w = torch.randn(8, 400, generator=torch.Generator().manual_seed(0))
+    grid, at_floor = bench.percentile_search(4 * w, 6)
+    assert at_floor == 0 and (grid.steps()[:, 0] * 31 <= 4 * w.abs().amax(1) + 1e-2).all()
+
+    def error(share):
+        scale = (torch.quantile(4 * w.abs(), share, dim=1) / 31).half().float().unsqueeze(1)
+        return ((4 * w / scale).round().clamp(-31, 31) * scale - 4 * w).square().sum()
+
+    found = (train_gpt.dequantize(grid.nearest(4 * w), grid) - 4 * w).square().sum()
+    torch.testing.assert_close(found, min(map(error, (0.999, 0.9995, 0.9999, 0.99999, 1.0))))
+    grid, at_floor = bench.percentile_search(0.1 * w, 6)
+    assert at_floor == 1 and (grid.scale == torch.tensor(1 / 31).half()).all()
+
+
+def test_low_rank_correction_takes_the_worst_tensors_and_lowers_their_error():
+    generator = torch.Generator().manual_seed(0)
+    made = [torch.randn(40, 4, generator=generator) @ torch.randn(4, 64, generator=generator) for _ in range(4)]
+    errors = {str(i): (1 + i) * x for i, x in enumerate(made)}
+    added, n_bytes = bench.low_rank(errors)
+    assert set(added) == {"1", "2", "3"}
+    assert n_bytes == 3 * (2 * 40 * 4 + 16 + 4 * 4 * 64 + 16 * 8) // 8
+    assert all((errors[name] - x).norm() < 0.8 * errors[name].norm() for name, x in added.items())
+
+
+def test_a_gap_between_two_points_lies_on_a_line_in_its_logarithm():
+    found = [bench.Point("m", 0, n_bytes, 0.0, 1 + gap, 0.0) for n_bytes, gap in ((100, 0.04), (200, 0.01))]
+    assert bench.gap_at(found, 150, 1.0) == pytest.approx(0.02)
+    assert bench.gap_at(found, 99, 1.0) is None and bench.gap_at(found, 201, 1.0) is None
 
 
 def test_what_cannot_be_used_is_refused_in_one_line(tiny_data, tmp_path):

@@ -18,11 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import brotli
-import matplotlib
 import numpy as np
 import torch
-import zstandard
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -555,7 +552,7 @@ class RowGrid(Grid):
         return self.scale.float().unsqueeze(1).expand(-1, len(self.columns))
 
     def tops(self) -> Tensor:
-        return torch.full((len(self.scale), len(self.columns)), float(self.top))
+        return torch.full_like(self.steps(), float(self.top))
 
 
 def percentile_search(w: Tensor, bits: int) -> tuple[RowGrid, float]:
@@ -619,6 +616,11 @@ class Subject:
         """The published baseline: matrices of the given bits, embeddings of two more."""
         return {n: percentile_search(w, bits + 2 * train_gpt.is_embedding(n))[0] for n, w in self.params.items()}
 
+    def share_at_floor(self) -> float:
+        """Of the matrices' rows, those whose step the published search does not choose."""
+        matrices = [w for name, w in self.params.items() if not train_gpt.is_embedding(name)]
+        return sum(len(w) * percentile_search(w, 6)[1] for w in matrices) / sum(map(len, matrices))
+
     def by_deviation(self, sigmas: float) -> dict[str, Grid]:
         """SDClip (PR #1394): int6 over so many deviations of a row, and embeddings int8 over 16."""
         grids = {}
@@ -660,7 +662,7 @@ class Subject:
         """
         values, tables, n_low_bits = [], [], 0
         for name, (integers, grid) in quantized.items():
-            x, classes = integers.numpy(), train_gpt.classes_of(grid).astype(np.int16)
+            x, classes = integers.cpu().numpy(), train_gpt.classes_of(grid).astype(np.int16)
             if isinstance(grid, RowGrid):
                 n_low, classes = np.zeros_like(classes), np.full_like(classes, self.kinds.index(kind_of(name)))
             else:
@@ -701,7 +703,7 @@ def load_or_train(model, path: Path, c: Config, run: Run, stream) -> None:
 
 def one_byte_each(quantized: Quantized) -> bytes:
     """The integers in the published containers."""
-    return b"".join(x.numpy().astype(np.int8).tobytes() for x, _ in quantized.values())
+    return b"".join(x.cpu().numpy().astype(np.int8).tobytes() for x, _ in quantized.values())
 
 
 def by_lzma(quantized: Quantized) -> int:
@@ -799,6 +801,9 @@ def report_sizes(subject: Subject, found: list[Point], run: Run) -> None:
 
 def report_codecs(subject: Subject, run: Run) -> None:
     """The same integers by general compressors and by the range coder."""
+    import brotli  # here and in `plot`, so that a machine without these packages still runs the other measurements
+    import zstandard
+
     compressors = {
         "LZMA -9e": train_gpt.compress,
         "zstd -22": zstandard.ZstdCompressor(level=22).compress,
@@ -849,7 +854,10 @@ def predicted_rise(sensitivity: Sensitivity, grid: Grid) -> float:
 
 def plot(subject: Subject, found: list[Point], path: Path) -> None:
     """val_bpb against the artifact's size, with the entropy bound of the default."""
+    import matplotlib
+
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "artifact"  # the same file from the same numbers
     from matplotlib import pyplot
 
     scale = FULL_SIZE_WEIGHTS / subject.n_weights / 1e6
@@ -870,21 +878,14 @@ def plot(subject: Subject, found: list[Point], path: Path) -> None:
 
 def bench_artifact(args, run: Run) -> None:
     """All tables, and the plot if one is asked for."""
-    env = dict(os.environ)
-    c = dataclasses.replace(Config.from_env(env), data_path=args.data, val_tokens=args.val_tokens)
+    c = dataclasses.replace(Config.from_env(dict(os.environ)), data_path=args.data, val_tokens=args.val_tokens)
     subject = Subject(args, c, run)
     part = "whole stream" if subject.stream.whole else f"PARTIAL: first {len(subject.stream)} tokens"
     run.log(f"# {Path(args.weights).name} on {Path(args.data).name}, {subject.stream.documents} documents, {part}")
     floats = f"held-out {subject.held_out:.5f} nats a token, val_bpb {subject.val_bpb:.5f}"
     run.log(f"# {subject.n_weights} quantized weights; float: {floats}")
-    floors = {
-        name: percentile_search(w, 6)[1] for name, w in subject.params.items() if not train_gpt.is_embedding(name)
-    }
-    weighted = sum(share * len(subject.params[name]) for name, share in floors.items())
-    rows = sum(len(subject.params[name]) for name in floors)
-    run.log(
-        f"# percentile search, int6: the step of {100 * weighted / rows:.1f} % of the matrices' rows is its floor, 1/31"
-    )
+    share = subject.share_at_floor()
+    run.log(f"# percentile search, int6: the step of {100 * share:.1f} % of the matrices' rows is its floor, 1/31")
     names = f"{'method':<30} {'knob':>6} {'bytes':>9} {'bits':>6} {'bound':>9}"
     run.log(f"{names} {'held-out gap':>13} {'val_bpb':>9} {'gap':>9}")
     found = []
@@ -936,12 +937,13 @@ def main() -> int:
     artifact.add_argument("--plot", metavar="SVG", help="val_bpb against bytes")
     args = parser.parse_args()
     try:
-        run = Run(
-            Config.from_env(dict(os.environ))
-            if args.command == "artifact"
-            else Config(device="cpu" if args.command == "worth" else "auto")
-        )
-        {"mixer": bench_mixer, "worth": bench_worth, "artifact": bench_artifact}[args.command](args, run)
+        bench, settings = {
+            "mixer": (bench_mixer, Config),
+            "worth": (bench_worth, lambda: Config(device="cpu")),
+            "artifact": (bench_artifact, lambda: Config.from_env(dict(os.environ))),
+        }[args.command]
+        run = Run(settings())
+        bench(args, run)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
