@@ -302,9 +302,10 @@ PRESETS = {"smoke": SMOKE, "cpu": CPU}
 
 # An unknown name with one of these beginnings is taken for a setting, so that EMA_ENABLED=1 is refused and not ignored.
 SETTING_FAMILIES = (
-    *("BIGRAM_", "COMPLEMENT_", "CROWN_Q", "EMA_", "EMBED_", "EVAL_", "GRAD_CLIP", "HEAD_LR", "HEDGE_", "LATE_QAT"),
-    *("LN_", "LOGIT_", "LR_", "MATRIX_", "MIXER_", "MLP_", "MUON_", "NGRAM_", "POLYAK_", "QAT_", "QK_GAIN", "RESID_"),
-    *("ROPE_", "SCALAR_", "SWA_", "TIED_", "TRAIN_", "TTT_", "VAL_", "VE_", "WARMDOWN_", "WARMUP_", "XSA_"),
+    *("BIGRAM_", "COMPLEMENT_", "CROWN_Q", "EMA_", "EMBED_", "EVAL_", "GPTQ_", "GRAD_CLIP", "HEAD_LR"),
+    *("HEDGE_", "LATE_QAT", "LN_", "LOGIT_", "LR_", "MATRIX_", "MIXER_", "MLP_", "MUON_"),
+    *("NGRAM_", "POLYAK_", "QAT_", "QK_GAIN", "RESID_", "ROPE_", "SCALAR_", "SWA_", "TARGET_"),
+    *("TIED_", "TRAIN_", "TTT_", "VAL_", "VE_", "WARMDOWN_", "WARMUP_", "XSA_"),
 )
 
 
