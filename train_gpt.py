@@ -437,11 +437,17 @@ class Run:
                 file.write(text + "\n")
 
     def broadcast(self, make, *arguments):
-        """make(*arguments), called on the main rank only and handed to all: other nodes need not have the files."""
-        box = [make(*arguments) if self.is_main else None]
+        """make(*arguments), called on the main rank only and handed to all: other nodes need not have the files.
+
+        An InputError of it is raised on all ranks, so that none waits for what never comes.
+        """
+        box = [attempt(make, *arguments) if self.is_main else None]
         if self.world_size > 1:
             dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+        made, refusal = box[0]
+        if refusal:
+            raise InputError(refusal)
+        return made
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum over ranks, in place."""
@@ -513,6 +519,14 @@ class Run:
         if dist.is_available() and dist.is_initialized():
             dist.barrier()  # no rank takes its sockets away while another still uses them
             dist.destroy_process_group()
+
+
+def attempt(make, *arguments):
+    """(make(*arguments), "") or, where that raises an InputError, (None, its message)."""
+    try:
+        return make(*arguments), ""
+    except InputError as error:
+        return None, str(error)
 
 
 def fill_gradients(params: list[nn.Parameter]) -> None:
@@ -1401,9 +1415,9 @@ def quantized_parameters(model: GPT) -> dict[str, nn.Parameter]:
 class Grid:
     """The levels of a tensor [rows, cols]: weight r, j is an integer times unit / 2^(k / 2); k = rows[r] + columns[j].
 
-    k is the weight's class. It says how fine the weight is stored and, since the weights of a tensor are about alike in
-    width and the unit is two of their standard deviations, also how wide its integer is: each class has its own table
-    in the coder, and nothing else is stored about the integers.
+    k is the weight's class. It says how fine the weight is stored and also how wide its integer is, since the weights
+    of a tensor are about alike in width and the unit is two of their standard deviations (more if one is very large).
+    So each class has its own table in the coder, and nothing else is stored about the integers.
     """
 
     CLASSES, TOP_UNITS = 23, 7  # no weight is stored larger than 7 units; 7 * 2^11 is an int16
@@ -1427,8 +1441,15 @@ class Grid:
 
     def nearest(self, w: Tensor) -> Tensor:
         """The integers of the levels next to w, int16 [rows, cols]."""
-        tops = self.tops()
-        return (w / self.steps()).round().clamp(-tops, tops).to(torch.int16)
+        return to_levels(w, self.steps(), self.tops()).to(torch.int16)
+
+    def cpu(self) -> Grid:
+        return Grid(self.unit.cpu(), self.rows.cpu(), self.columns.cpu())
+
+
+def to_levels(w: Tensor, steps: Tensor, tops: Tensor) -> Tensor:
+    """Which multiple of its step, `tops` at most, is next to each weight."""
+    return (w / steps).round().clamp(-tops, tops)
 
 
 Quantized = dict[str, tuple[Tensor, Grid]]  # by parameter: int16 [rows, cols] and what they are multiples of
@@ -1464,8 +1485,8 @@ class Sensitivity:
     @classmethod
     def of_table(cls, squares: Tensor) -> Sensitivity:
         """From the squared gradients [rows, cols] of a table that is looked up."""
-        mean = squares.mean().clamp(min=1e-30).sqrt()
-        return cls(cls.floored(squares.mean(1) / mean), cls.floored(squares.mean(0) / mean))
+        scale = squares.mean().clamp(min=1e-30).sqrt()
+        return cls(cls.floored(squares.mean(1) / scale), cls.floored(squares.mean(0) / scale))
 
     @classmethod
     def of_map(cls, squares: Tensor, products: Tensor) -> Sensitivity:
@@ -1479,9 +1500,9 @@ class Sensitivity:
         h = products[order][:, order].double()
         h.diagonal().add_(cls.DAMPING * h.diagonal().mean().clamp(min=1e-12))
         factor = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
-        pivots = factor.diagonal().square().reciprocal()[order.argsort()]
+        unexplained = factor.diagonal().square().reciprocal()[order.argsort()]
         rows = squares.sum(1) / products.diagonal().sum().clamp(min=1e-12)
-        return cls(cls.floored(rows), pivots, order, factor)
+        return cls(cls.floored(rows), unexplained, order, factor)
 
     @classmethod
     def floored(cls, x: Tensor) -> Tensor:
@@ -1552,7 +1573,7 @@ def gptq(w: Tensor, grid: Grid, sensitivity: Sensitivity) -> Tensor:
         last = min(first + block, w.shape[1])
         error = torch.empty_like(w[:, first:last])
         for j in range(first, last):
-            integers[:, j] = (w[:, j] / steps[:, j]).round().clamp(-tops[:, j], tops[:, j])
+            integers[:, j] = to_levels(w[:, j], steps[:, j], tops[:, j])
             off = (w[:, j] - integers[:, j] * steps[:, j]) / upper[j, j]
             w[:, j + 1 : last] -= torch.outer(off, upper[j, j + 1 : last])
             error[:, j - first] = off
@@ -1567,40 +1588,51 @@ def quantize(params: dict[str, Tensor], costs: dict[str, Sensitivity], fineness:
         w, sensitivity = p.detach(), costs[name]
         grid = sensitivity.grid(w, fineness)
         integers = grid.nearest(w) if sensitivity.factor is None else gptq(w, grid, sensitivity)
-        found[name] = integers.cpu(), Grid(grid.unit.cpu(), grid.rows.cpu(), grid.columns.cpu())
+        found[name] = integers.cpu(), grid.cpu()
     return found
 
 
 def entropy_bytes(params: dict[str, Tensor], costs: dict[str, Sensitivity], fineness: float) -> float:
-    """What the integers of the nearest levels take under a table for each class: all but a few percent of the file."""
-    counts, raw_bits = torch.zeros(Grid.CLASSES * 256), 0
+    """What the integers of the nearest levels take under a table for each class, which itself costs nothing here."""
+    counts, n_low_bits = torch.zeros(Grid.CLASSES * 256, dtype=torch.int64), 0
     for name, p in params.items():
         grid = costs[name].grid(p.detach(), fineness)
         classes = grid.classes().long()
         n_low = low_bits(classes)
         cell = 256 * classes + 128 + (grid.nearest(p.detach()) >> n_low)
-        counts = cell.flatten().bincount(minlength=len(counts)).double() + counts.to(cell.device)
-        raw_bits += int(n_low.sum())
-    counts = counts.view(-1, 256)
-    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
-    return (raw_bits - (counts * shares.clamp(min=1e-30).log2()).sum().item()) / 8
+        counts += cell.flatten().bincount(minlength=len(counts)).cpu()
+        n_low_bits += int(n_low.sum())
+    return (entropy_bits(counts.view(-1, 256).numpy()) + n_low_bits) / 8
+
+
+def entropy_bits(counts: np.ndarray) -> float:
+    """Of all that was counted [tables, values], under the best static table each."""
+    shares = counts / counts.sum(axis=1, keepdims=True).clip(1)
+    return -(counts * np.log2(shares.clip(1e-30))).sum()
 
 
 LEAST_BITS = 1.2  # of a Gaussian weight at the coarsest step, two standard deviations
+FINENESS = (-64.0, 64.0)  # what is searched: every weight in the first class, and in the last if it has a gradient
+SLACK = 0.002  # of the bytes that an artifact may take; what it should leave free at most
 
 
-def check_room(model: GPT, c: Config, run: Run) -> None:
-    """Log what TARGET_BYTES leaves for a weight. Raises InputError, before any training, if no model would be left."""
-    code_bytes, n_weights = os.path.getsize(__file__), sum(p.numel() for p in quantized_parameters(model).values())
-    room, least = c.target_bytes - code_bytes, math.ceil(LEAST_BITS * n_weights / 8)
+def check_room(model: GPT, mixer: Maxent, c: Config, run: Run) -> None:
+    """Log what TARGET_BYTES leaves for a weight. Raises InputError, before any training, if no model would be left.
+
+    From the shapes alone: the coarsest integers, a byte for every other number and the coder's states are the least.
+    """
+    n_weights = sum(p.numel() for p in quantized_parameters(model).values())
+    n_others = sum(p.numel() for part in (model, mixer) for p in part.parameters()) - n_weights
+    room = c.target_bytes - os.path.getsize(__file__)
+    least = math.ceil(LEAST_BITS * n_weights / 8) + n_others + 4 * CODER_LANES
     if least > room:
-        held = f"the script's {code_bytes} bytes and {n_weights} weights of {LEAST_BITS} bits, the coarsest there are"
-        raise InputError(f"TARGET_BYTES={c.target_bytes}: {held}, take {least - room} more; make the model smaller")
+        held = f"{n_weights} weights of {LEAST_BITS} bits, {n_others} other numbers and the coder need {least} bytes"
+        raise InputError(f"TARGET_BYTES={c.target_bytes}: {held} beside the script, {least - room} more than are left")
     run.log(f"room: {room} bytes beside the script, {8 * room / n_weights:.2f} bits for each of {n_weights} weights")
 
 
 def finest(params: dict[str, Tensor], costs: dict[str, Sensitivity], n_bytes: float) -> float:
-    """The largest fineness at which the integers' entropy is at most n_bytes; FINENESS[1] if all are."""
+    """The largest fineness, to 1/512, at which the integers' entropy is at most n_bytes, or else FINENESS[0]."""
     low, high = FINENESS
     if entropy_bytes(params, costs, high) <= n_bytes:
         return high
@@ -1610,31 +1642,31 @@ def finest(params: dict[str, Tensor], costs: dict[str, Sensitivity], n_bytes: fl
     return low
 
 
-FINENESS = (-64.0, 64.0)  # at the one every class is the first, at the other the last
-SLACK = 0.002  # of the bytes that an artifact may take; what it may leave free
-
-
 def fill(model: GPT, costs: dict[str, Sensitivity], mixer: Maxent, c: Config, tokenizer_sha256: str) -> Quantized:
-    """The finest quantization with which script and artifact take TARGET_BYTES or, by less than SLACK, fewer.
+    """The finest quantization with which script and artifact fit TARGET_BYTES, of the few that are tried.
 
-    What the file takes besides the entropy of the nearest levels hardly depends on the fineness: one quantization tells
-    it, the next one lands. Raises InputError if even the coarsest is too large.
+    What the file takes beside the entropy of the nearest levels hardly depends on the fineness: the first attempt tells
+    it, and the second leaves less than SLACK free unless many rows change their class at once. Raises InputError if
+    even the coarsest is too large.
     """
-    n_mixer = sum(p.numel() for p in mixer.parameters())  # fitted later, which may add a bit or two to each number
-    params, room = quantized_parameters(model), c.target_bytes - os.path.getsize(__file__) - n_mixer // 4
-    besides = 0.03 * room
+    n_mixer = sum(p.numel() for p in mixer.parameters())  # fitted later, which adds a few bits to each number
+    params, room = quantized_parameters(model), c.target_bytes - os.path.getsize(__file__) - n_mixer // 2
+    largest, best, asked = 0, None, 0.97 * room
     for _ in range(8):
-        fineness = finest(params, costs, room - besides)
+        fineness = finest(params, costs, asked)
         quantized = quantize(params, costs, fineness)
         n_bytes = len(pack(model, quantized, mixer, c, tokenizer_sha256))
-        if n_bytes <= room and (n_bytes >= (1 - SLACK) * room or fineness == FINENESS[1]):
+        fits = n_bytes <= room
+        if fits and n_bytes > largest:
+            largest, best = n_bytes, quantized
+        if largest >= (1 - SLACK) * room or fineness == FINENESS[fits]:
             break
-        besides += n_bytes - (1 - SLACK / 4) * room
-    if n_bytes > room:
-        raise InputError(
-            f"TARGET_BYTES={c.target_bytes}: the artifact is {n_bytes - room} bytes over; make the model smaller"
-        )
-    return quantized
+        asked = asked if fits else min(asked, entropy_bytes(params, costs, fineness))
+        asked += (1 - SLACK / 4) * room - n_bytes
+    if best is None:
+        excess = n_bytes - room
+        raise InputError(f"TARGET_BYTES={c.target_bytes}: the artifact is {excess} bytes over; make the model smaller")
+    return best
 
 
 def quantize_to_size(model: GPT, mixer: Maxent, c: Config, run: Run, tokenizer_sha256: str) -> tuple[Quantized, float]:
@@ -1642,10 +1674,10 @@ def quantize_to_size(model: GPT, mixer: Maxent, c: Config, run: Run, tokenizer_s
     clock, loader = Clock(run), TrainLoader(c, run)
     costs = sensitivities(model, loader.first_sequences(c.gptq_tokens), c, run)
     quantized = run.broadcast(fill, model, costs, mixer, c, tokenizer_sha256)
-    seconds = round(run.max(clock.seconds()), 3)
     before = held_out_loss(model, loader, c, run)
     with with_weights(model, quantized):
         after = held_out_loss(model, loader, c, run)
+    seconds = round(run.max(clock.seconds()), 3)
     run.log(f"quantization: float:{before:.5f} stored:{after:.5f} gap:{after - before:+.5f} {1000 * seconds:.0f}ms")
     return quantized, seconds
 
@@ -2521,6 +2553,7 @@ def row_sum_error(logp: Tensor) -> float:
 # main: the order of the phases, and the records of a run.
 # ======================================================================================================================
 
+# The community's names, by which scripts find a score in a log; nothing here is stored in six bits.
 STAGE_LABELS = {
     "roundtrip": "final_int6_roundtrip",
     "sliding": "final_int6_sliding_window",
@@ -2663,8 +2696,8 @@ def execute(c: Config, env: dict[str, str], run: Run) -> None:
     if c.phase != "eval":
         model = GPT(c, run.dtype).init_weights(c).to(run.device)
         run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
-        check_room(model, c, run)
         mixer = Maxent(c).to(run.device)
+        check_room(model, mixer, c, run)
         trained = train(model, c, run, stream)
         quantized, trained["quantization_seconds"] = quantize_to_size(model, mixer, c, run, tokenizer.sha256)
         with with_weights(model, quantized):

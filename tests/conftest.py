@@ -194,7 +194,7 @@ def stored(model, fineness=11.0):
     """
     found = {}
     for name, p in train_gpt.quantized_parameters(model).items():
-        rows, columns = (2.0 ** (torch.arange(n) % 4) for n in p.shape)
+        rows, columns = (2.0 ** (torch.arange(n, device=p.device) % 4) for n in p.shape)
         grid = train_gpt.Sensitivity(rows, columns).grid(p.detach(), fineness)
         found[name] = grid.nearest(p.detach()), grid
     return found

@@ -191,6 +191,10 @@ def test_weights_are_trained_once_and_then_read(tiny_config, tmp_path, monkeypat
     for model in models:
         bench.load_or_train(model, tmp_path / "new" / "w.npz", c, Alone(), None)
     assert trained == models[:1]
+    (tmp_path / "bad.npz").write_bytes(b"nothing")
+    for name, reason in (("bad.npz", "not a file"), ("w", "ends in .npz")):
+        with pytest.raises(train_gpt.InputError, match=reason):
+            bench.load_or_train(models[0], tmp_path / name, c, Alone(), None)
     assert all(torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
 
 

@@ -11,10 +11,12 @@ import argparse
 import bz2
 import copy
 import dataclasses
+import io
 import os
 import re
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -682,17 +684,26 @@ class Subject:
         """Of the integers under the best static table for each class or kind, which itself costs nothing here."""
         values, tables, n_low_bits = self.as_symbols(quantized)
         counts = np.bincount(train_gpt.cells(values, tables), minlength=256 * Grid.CLASSES).reshape(-1, 256)
-        shares = counts / counts.sum(1, keepdims=True).clip(1)
-        return (n_low_bits - (counts * np.log2(shares.clip(1e-30))).sum()) / 8
+        return (train_gpt.entropy_bits(counts) + n_low_bits) / 8
 
 
 def load_or_train(model, path: Path, c: Config, run: Run, stream) -> None:
-    """Put a file's float weights into the model; if there is none, train with the settings in force and write it."""
+    """Put a file's float weights into the model; if there is none, train with the settings in force and write it.
+
+    Raises InputError if the file is no such file or of another model.
+    """
+    if path.suffix != ".npz":
+        raise InputError(f"--weights={path}: allowed is a name that ends in .npz")
     if not path.exists():
         train_gpt.train(model.init_weights(c), c, run, stream)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(path, **{name: p.detach().cpu().numpy() for name, p in model.named_parameters()})
-    with np.load(path) as kept, torch.no_grad():
+        file = io.BytesIO()
+        np.savez(file, **{name: p.detach().cpu().numpy() for name, p in model.named_parameters()})
+        train_gpt.write_atomically(path, file.getvalue())
+    try:
+        kept = dict(np.load(path))
+    except (OSError, ValueError, zipfile.BadZipFile):
+        raise InputError(f"--weights={path}: not a file of arrays that this command wrote") from None
+    with torch.no_grad():
         for name, p in model.named_parameters():
             if name not in kept or kept[name].shape != p.shape:
                 raise InputError(

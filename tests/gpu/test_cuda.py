@@ -84,7 +84,7 @@ def test_a_model_on_the_gpu_is_fitted_to_the_size_and_comes_back(tiny_config, tm
 
 
 def test_sensitivities_on_the_gpu_follow_the_cpu(tiny_config):
-    """The first step's worth of training text, in float32 on both; the factor as the products that it stands for."""
+    """On the first training text, in float32 on both."""
     c, found = tiny_config(model_dim=256, num_heads=4, num_kv_heads=2), []
     for run in (Alone(), on_cuda()):
         batch = train_gpt.TrainLoader(c, run).first_sequences(c.gptq_tokens)
