@@ -1649,8 +1649,9 @@ def fill(model: GPT, costs: dict[str, Sensitivity], mixer: Maxent, c: Config, to
     it, and the second leaves less than SLACK free unless many rows change their class at once. Raises InputError if
     even the coarsest is too large.
     """
-    n_mixer = sum(p.numel() for p in mixer.parameters())  # fitted later, which adds a few bits to each number
-    params, room = quantized_parameters(model), c.target_bytes - os.path.getsize(__file__) - n_mixer // 2
+    raw = as_float16(dict(mixer.named_parameters()))  # fitted later, and then perhaps no longer compressible
+    room = c.target_bytes - os.path.getsize(__file__) - (len(raw) - len(compress(raw)))
+    params = quantized_parameters(model)
     largest, best, asked = 0, None, 0.97 * room
     for _ in range(8):
         fineness = finest(params, costs, asked)
@@ -1686,14 +1687,14 @@ def pack(model: GPT, quantized: Quantized, mixer: Maxent, c: Config, tokenizer_s
     """The artifact's bytes. Raises InputError for a weight that cannot be held."""
     grids = {name: grid for name, (_, grid) in quantized.items()}
     others = {name: p for name, p in model.named_parameters() if name not in quantized}
-    others_of_mixer = {f"mixer.{name}": p for name, p in mixer.named_parameters()}
+    of_mixer = {f"mixer.{name}": p for name, p in mixer.named_parameters()}
     parts = {
         "units": b"".join(as_bytes(finite(grid.unit, name)) for name, grid in grids.items()),
         "rows": b"".join(as_bytes(grid.rows) for grid in grids.values()),
         "columns": b"".join(as_bytes(grid.columns) for grid in grids.values()),
         **encode_integers([x.numpy() for x, _ in quantized.values()], [classes_of(x) for x in grids.values()], c.codec),
-        "float16": b"".join(as_bytes(finite(p.detach().half(), name)) for name, p in others.items()),
-        "mixer": b"".join(as_bytes(finite(p.detach().half(), name)) for name, p in others_of_mixer.items()),
+        "float16": as_float16(others),
+        "mixer": as_float16(of_mixer),
     }
     streams = {part: raw if part == CODED else compress(raw) for part, raw in parts.items()}
     sizes = {part: len(stream) for part, stream in streams.items()}
@@ -1701,6 +1702,11 @@ def pack(model: GPT, quantized: Quantized, mixer: Maxent, c: Config, tokenizer_s
     header = json.dumps(kept, separators=(",", ":")).encode()
     prefix, body = PREFIX.pack(ARTIFACT_MAGIC, ARTIFACT_VERSION, len(header)), header + b"".join(streams.values())
     return prefix + hashlib.sha256(prefix + body).digest() + body
+
+
+def as_float16(named: dict[str, Tensor]) -> bytes:
+    """The numbers of all tensors. Raises InputError that names one which float16 cannot hold."""
+    return b"".join(as_bytes(finite(p.detach().half(), name)) for name, p in named.items())
 
 
 def classes_of(grid: Grid) -> np.ndarray:
