@@ -1524,7 +1524,7 @@ class Sensitivity:
         return Grid(unit, rows, columns)
 
 
-def sensitivities(model: GPT, batch: Tensor, c: Config, run: Run) -> dict[str, Sensitivity]:
+def sensitivities(model: GPT, batch: Tensor, run: Run) -> dict[str, Sensitivity]:
     """Of all quantized parameters, from a batch [n, T + 1] of training text shared by all ranks, a backward a sequence.
 
     Raises InputError for a parameter whose inputs or gradients are not finite.
@@ -1673,7 +1673,7 @@ def fill(model: GPT, costs: dict[str, Sensitivity], mixer: Maxent, c: Config, to
 def quantize_to_size(model: GPT, mixer: Maxent, c: Config, run: Run, tokenizer_sha256: str) -> tuple[Quantized, float]:
     """What the artifact will hold of the quantized parameters, alike on all ranks, and the seconds that it took."""
     clock, loader = Clock(run), TrainLoader(c, run)
-    costs = sensitivities(model, loader.first_sequences(c.gptq_tokens), c, run)
+    costs = sensitivities(model, loader.first_sequences(c.gptq_tokens), run)
     quantized = run.broadcast(fill, model, costs, mixer, c, tokenizer_sha256)
     before = held_out_loss(model, loader, c, run)
     with with_weights(model, quantized):

@@ -278,7 +278,7 @@ def batch(c):
 
 @pytest.fixture(scope="module")
 def costs(model, batch, c):
-    return sensitivities(model, batch, c, Run(c))
+    return sensitivities(model, batch, Run(c))
 
 
 def test_sensitivities_are_of_squared_gradients_of_single_sequences_and_of_the_inputs_products(
@@ -287,7 +287,7 @@ def test_sensitivities_are_of_squared_gradients_of_single_sequences_and_of_the_i
     """Of the first block's up projection, by a hook of its own, and of the token table."""
     monkeypatch.setattr(Sensitivity, "of_map", lambda *given: given)
     monkeypatch.setattr(Sensitivity, "of_table", lambda given: given)
-    found = sensitivities(model, batch, c, Run(c))
+    found = sensitivities(model, batch, Run(c))
     params, inputs = [model.blocks[0].up.weight, model.tok_emb.weight], []
     squares = [torch.zeros_like(p) for p in params]
     hook = model.blocks[0].up.register_forward_pre_hook(lambda _, x: inputs.append(x[0].detach().flatten(0, -2)))
@@ -306,7 +306,7 @@ def test_measuring_leaves_no_trace_and_a_rank_without_a_sequence_takes_part(c, b
     model = filled(c)
     before = [p.detach().clone() for p in model.parameters()]
     for part in (batch, batch[:0]):
-        assert set(sensitivities(model, part, c, Run(c))) == set(quantized_parameters(model))
+        assert set(sensitivities(model, part, Run(c))) == set(quantized_parameters(model))
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -316,8 +316,8 @@ def test_ranks_add_up_what_they_measure(c, batch):
     model, half = filled(c), batch[:4]
     twice = Run(c)
     twice.sum = lambda tensor: tensor.mul_(2)
-    alone = sensitivities(model, torch.cat([half, half]), c, Run(c))
-    for name, found in sensitivities(model, half, c, twice).items():
+    alone = sensitivities(model, torch.cat([half, half]), Run(c))
+    for name, found in sensitivities(model, half, twice).items():
         torch.testing.assert_close(found.rows, alone[name].rows, rtol=1e-4, atol=0)
         torch.testing.assert_close(found.columns, alone[name].columns, rtol=1e-4, atol=0)
 
@@ -330,7 +330,7 @@ def test_inputs_and_gradients_that_are_not_finite_are_refused_by_name(side, c, b
         down.register_forward_pre_hook(lambda _, x: (x[0].detach() * 0 + 3e19,))
         down.weight.data.zero_()
     down.weight.register_hook(lambda gradient: gradient * (0 if side == "inputs" else float("nan")))
-    message = refusal(sensitivities, model, batch, c, Run(c))
+    message = refusal(sensitivities, model, batch, Run(c))
     assert message.startswith("weight blocks.1.down.weight: its inputs or gradients")
 
 
@@ -384,7 +384,7 @@ def test_any_room_is_filled_as_far_as_rows_change_their_class_one_by_one(c, batc
     """Untied, with tokens that no text has: all their rows change at once. Nothing that fits may be refused."""
     c = dataclasses.replace(c, tie_embeddings=False, num_layers=1, ve_layers=(0,))
     model, mixer = filled(c), Maxent(c)
-    costs, filled_shares = sensitivities(model, batch, c, Run(c)), []
+    costs, filled_shares = sensitivities(model, batch, Run(c)), []
     for room in range(16_000, 60_000, 4_000):
         n_bytes = len(pack(model, fill(model, costs, mixer, with_room(c, room), SHA), mixer, c, SHA))
         filled_shares.append(n_bytes / (room - reserved_for(mixer)))

@@ -591,7 +591,7 @@ class Subject:
         self.n_weights = sum(w.numel() for w in self.params.values())
         self.loader = train_gpt.TrainLoader(c, run)
         lessons = self.loader.first_sequences(c.gptq_tokens)
-        self.costs = train_gpt.sensitivities(self.model, lessons, c, run)
+        self.costs = train_gpt.sensitivities(self.model, lessons, run)
         self.lesson_tokens = lessons[:, 1:].numel()
         named = self.model.named_parameters()
         self.others = b"".join(train_gpt.as_bytes(p.detach().half()) for name, p in named if name not in self.params)

@@ -88,7 +88,7 @@ def test_sensitivities_on_the_gpu_follow_the_cpu(tiny_config):
     c, found = tiny_config(model_dim=256, num_heads=4, num_kv_heads=2), []
     for run in (Alone(), on_cuda()):
         batch = train_gpt.TrainLoader(c, run).first_sequences(c.gptq_tokens)
-        found.append(train_gpt.sensitivities(build(c).to(run.device), batch, c, run))
+        found.append(train_gpt.sensitivities(build(c).to(run.device), batch, run))
     for name, expected in found[0].items():
         for side in ("rows", "columns"):
             a, b = getattr(expected, side), getattr(found[1][name], side).cpu()
