@@ -1444,6 +1444,7 @@ class Grid:
         return to_levels(w, self.steps(), self.tops()).to(torch.int16)
 
     def cpu(self) -> Grid:
+        """The same on the CPU."""
         return Grid(self.unit.cpu(), self.rows.cpu(), self.columns.cpu())
 
 
@@ -1506,6 +1507,7 @@ class Sensitivity:
 
     @classmethod
     def floored(cls, x: Tensor) -> Tensor:
+        """x, and a little of its mean everywhere."""
         return x + cls.FLOOR * x.mean().clamp(min=1e-30)
 
     def grid(self, w: Tensor, fineness: float) -> Grid:
@@ -1616,6 +1618,11 @@ FINENESS = (-64.0, 64.0)  # what is searched: every weight in the first class, a
 SLACK = 0.002  # of the bytes that an artifact may take; what it should leave free at most
 
 
+def room_beside_script(c: Config) -> int:
+    """Bytes that TARGET_BYTES leaves the artifact."""
+    return c.target_bytes - os.path.getsize(__file__)
+
+
 def check_room(model: GPT, mixer: Maxent, c: Config, run: Run) -> None:
     """Log what TARGET_BYTES leaves for a weight. Raises InputError, before any training, if no model would be left.
 
@@ -1623,7 +1630,7 @@ def check_room(model: GPT, mixer: Maxent, c: Config, run: Run) -> None:
     """
     n_weights = sum(p.numel() for p in quantized_parameters(model).values())
     n_others = sum(p.numel() for part in (model, mixer) for p in part.parameters()) - n_weights
-    room = c.target_bytes - os.path.getsize(__file__)
+    room = room_beside_script(c)
     least = math.ceil(LEAST_BITS * n_weights / 8) + n_others + 4 * CODER_LANES
     if least > room:
         held = f"{n_weights} weights of {LEAST_BITS} bits, {n_others} other numbers and the coder need {least} bytes"
@@ -1650,7 +1657,7 @@ def fill(model: GPT, costs: dict[str, Sensitivity], mixer: Maxent, c: Config, to
     even the coarsest is too large.
     """
     raw = as_float16(dict(mixer.named_parameters()))  # fitted later, and then perhaps no longer compressible
-    room = c.target_bytes - os.path.getsize(__file__) - (len(raw) - len(compress(raw)))
+    room = room_beside_script(c) - (len(raw) - len(compress(raw)))
     params = quantized_parameters(model)
     largest, best, asked = 0, None, 0.97 * room
     for _ in range(8):
@@ -1710,6 +1717,7 @@ def as_float16(named: dict[str, Tensor]) -> bytes:
 
 
 def classes_of(grid: Grid) -> np.ndarray:
+    """A grid's classes as the coder takes them, uint8 [rows, cols]."""
     return grid.classes().cpu().numpy()
 
 
@@ -1745,7 +1753,10 @@ def decode_integers(parts: dict[str, bytes], classes: list[np.ndarray], codec: s
 
 
 def low_bits(classes):
-    """How many of an integer's low bits are as good as random: what leaves about 16 levels a unit to the tables."""
+    """How many of an integer's low bits are as good as random: what leaves about 16 levels a unit to the tables.
+
+    For signed classes, in NumPy or in torch.
+    """
     return ((classes + 1) // 2 - 4).clip(0)
 
 
@@ -1756,6 +1767,7 @@ def tables_of(classes: np.ndarray) -> np.ndarray:
 
 
 def flat(tensors: list[np.ndarray]) -> np.ndarray:
+    """The numbers of all tensors in one row."""
     return np.concatenate([x.ravel() for x in tensors])
 
 

@@ -45,6 +45,10 @@ def rows_of(share, n):
     return torch.arange(3 * n).view(n, 3)[share]
 
 
+def refuse(rank):
+    raise InputError(f"refused by {rank}")
+
+
 def on_one_rank(rank, port, path):
     """Everything two ranks do together; each rank's results go to a file of its own."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -54,6 +58,10 @@ def on_one_rank(rank, port, path):
     found["sum"] = run.sum(torch.tensor([1.0, 10.0]) * (rank + 1))
     found["max"] = run.max(1.5 if rank else -2.0)
     found["broadcast"] = run.broadcast(lambda x: (x, f"rank {rank}"), 7)
+    try:
+        run.broadcast(refuse, rank)
+    except InputError as error:
+        found["refusal"] = str(error)
     for n, granule in ((8, 1), (7, 1), (1, 1), (0, 1), (10, 4), (4, 4), (9, 6)):
         share = run.share(n, granule)
         found["gather", n, granule] = run.gather(rows_of(share, n), share, n)
@@ -91,6 +99,10 @@ def test_sum_adds_over_ranks(ranks):
 
 def test_max_is_the_same_everywhere(ranks):
     assert [r["max"] for r in ranks] == [1.5, 1.5]
+
+
+def test_a_refusal_on_the_main_rank_is_raised_on_all(ranks):
+    assert [r["refusal"] for r in ranks] == ["refused by 0"] * 2
 
 
 def test_broadcast_calls_on_the_main_rank_only(ranks):
