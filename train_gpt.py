@@ -20,14 +20,18 @@ import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import lzma
 import math
 import os
 import platform
+import statistics
 import struct
 import sys
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +42,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the kernels have plain twins
+    triton = tl = None
 
 # ======================================================================================================================
 # Config: every number that a run depends on, read once from the environment and never changed.
@@ -72,6 +83,8 @@ class Config:
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))
     dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"))  # of activations; auto: bfloat16 on CUDA
     torch_compile: bool = setting(True)  # on CUDA only
+    attention: str = setting("auto", choices=("auto", "flash3", "cudnn", "flash", "efficient", "math"))
+    kernels: str = setting("auto", choices=("auto", "triton", "plain"))  # auto: Triton's where they are faster
     data_path: str = setting("data/datasets/fineweb10B_sp1024")
     tokenizer_path: str = setting("")  # "" = tokenizer.model inside data_path
     artifact_path: str = setting("")  # "" = LOG_DIR/RUN_ID.artifact
@@ -104,7 +117,7 @@ class Config:
 
     # Training length and batch.
     iterations: int = setting(9000, 1)
-    max_wallclock_seconds: float = setting(600.0, 0.0)  # of the training loop; 0 = no cap
+    max_wallclock_seconds: float = setting(600.0, 0.0)  # from the first step to the written artifact; 0 = no cap
     train_batch_tokens: int = setting(786_432, 1)  # per optimizer step, over all ranks
     train_seq_len: int = setting(2048, 8, score=True)
     micro_batch_tokens: int = setting(98_304, 8)  # per forward pass and rank, in training and in scoring
@@ -123,6 +136,8 @@ class Config:
     muon_momentum_warmup_start: float = setting(0.92, 0.0, 1.0)
     muon_momentum_warmup_steps: int = setting(1500, 0)
     muon_backend_steps: int = setting(5, 1, 20)  # Newton-Schulz iterations
+    muon_coefficients: str = setting("jordan", choices=("jordan", "polar_express"))
+    muon_row_norm: bool = setting(True)  # of what is orthogonalized (MuonEq-R, PR #1394)
     muon_wd: float = setting(0.04, 0.0)
     adam_wd: float = setting(0.04, 0.0)
     beta1: float = setting(0.9, 0.0, 0.9999, score=True)
@@ -140,6 +155,7 @@ class Config:
 
     # Scoring.
     stages: tuple[str, ...] = setting(STAGES, choices=STAGES)  # the last one is the run's score
+    max_eval_seconds: float = setting(600.0, 0.0)  # of all stages; adaptation gives way. 0 = no cap
     val_tokens: int = setting(0, 0)  # score only the first of them; 0 = the whole stream
     val_batch_size: int = setting(524_288, 8)  # tokens a chunk where nothing is learned between chunks
     eval_seq_len: int = setting(2048, 8, score=True)
@@ -251,6 +267,7 @@ SMOKE = dict(
     ve_dim=32,
     iterations=400,
     max_wallclock_seconds=0.0,
+    max_eval_seconds=0.0,
     train_batch_tokens=4096,
     train_seq_len=256,
     micro_batch_tokens=4096,
@@ -373,6 +390,21 @@ REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_sca
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
+@dataclass(frozen=True)
+class Arriving:
+    """A tensor that a collective may still be writing, and what it reads; other work can go on meanwhile."""
+
+    tensor: Tensor
+    source: Tensor | None = None
+    work: dist.Work | None = None
+
+    def wait(self) -> Tensor:
+        """The tensor, for what is computed from here on."""
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
+
+
 class Run:
     """One process of a run. Ranks, devices and the run's name are settled here."""
 
@@ -389,7 +421,7 @@ class Run:
         if self.compiles:
             torch._dynamo.config.recompile_limit = 64  # a graph for each batch shape, with and without gradients
         if self.world_size > 1 and self.device.type == "cuda":
-            dist.init_process_group("nccl", device_id=self.device)
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=self.device)
         elif self.world_size > 1:
             dist.init_process_group("gloo")
         self.log_path: Path | None = None
@@ -429,12 +461,21 @@ class Run:
 
     def log(self, text: str) -> None:
         """Print a line and append it to the log, on the main rank."""
-        if not self.is_main:
+        if not self.is_main or self.is_silent:
             return
         print(text, flush=True)
         if self.log_path:
             with open(self.log_path, "a", encoding="utf-8") as file:
                 file.write(text + "\n")
+
+    is_silent = False
+
+    @contextmanager
+    def silent(self):
+        """Log nothing meanwhile."""
+        self.is_silent = True
+        yield
+        self.is_silent = False
 
     def broadcast(self, make, *arguments):
         """make(*arguments), called on the main rank only and handed to all: other nodes need not have the files.
@@ -443,7 +484,7 @@ class Run:
         """
         box = [attempt(make, *arguments) if self.is_main else None]
         if self.world_size > 1:
-            dist.broadcast_object_list(box, src=0, device=self.device)
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         made, refusal = box[0]
         if refusal:
             raise InputError(refusal)
@@ -456,10 +497,10 @@ class Run:
         return tensor
 
     def max(self, value: float) -> float:
-        """The largest of the ranks' values, so that all of them decide alike."""
+        """The largest of the ranks' values, so that all of them decide alike; the device is not waited for."""
         if self.world_size == 1:
             return value
-        box = torch.tensor([value], dtype=torch.float64, device=self.device)
+        box = torch.tensor([value], dtype=torch.float64)
         dist.all_reduce(box, op=dist.ReduceOp.MAX)
         return box.item()
 
@@ -486,21 +527,19 @@ class Run:
         whole[rows] = part
         return self.sum(whole)
 
-    def reduce_scatter(self, bank: Tensor) -> Tensor:
-        """Sum [world_size * m, ...] over ranks and keep this rank's m entries."""
+    def reduce_scatter(self, bank: Tensor) -> Arriving:
+        """Begin to sum [world_size * m, ...] over ranks; what arrives are this rank's m entries."""
         if self.world_size == 1:
-            return bank
+            return Arriving(bank)
         shard = bank.new_empty(bank.shape[0] // self.world_size, *bank.shape[1:])
-        REDUCE_SCATTER(shard, bank)
-        return shard
+        return Arriving(shard, bank, REDUCE_SCATTER(shard, bank, async_op=True))
 
-    def all_gather(self, shard: Tensor) -> Tensor:
-        """[m, ...] of each rank -> [world_size * m, ...]."""
+    def all_gather(self, shard: Tensor) -> Arriving:
+        """Begin to put together [m, ...] of each rank to [world_size * m, ...]."""
         if self.world_size == 1:
-            return shard
-        bank = shard.new_empty(shard.shape[0] * self.world_size, *shard.shape[1:])
-        ALL_GATHER(bank, shard.contiguous())
-        return bank
+            return Arriving(shard)
+        bank, shard = shard.new_empty(shard.shape[0] * self.world_size, *shard.shape[1:]), shard.contiguous()
+        return Arriving(bank, shard, ALL_GATHER(bank, shard, async_op=True))
 
     def wrap(self, model: nn.Module):
         """The model as it should be called: compiled on CUDA, itself elsewhere."""
@@ -509,6 +548,18 @@ class Run:
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+
+    last_event: torch.cuda.Event | None = None
+
+    def follow(self) -> None:
+        """Wait for the device to reach where the call before this one was made, so that the host is one step ahead."""
+        if self.device.type != "cuda":
+            return
+        event = torch.cuda.Event()
+        event.record()
+        if self.last_event is not None:
+            self.last_event.synchronize()
+        self.last_event = event
 
     def hardware(self) -> str:
         if self.device.type == "cuda":
@@ -678,10 +729,10 @@ class TrainLoader:
     MIXER_CALIBRATION_TOKENS, or both on a tenth of the data if that is less.
     """
 
-    AVERAGING_TOKENS = 65_536
+    AVERAGING_TOKENS, BATCHES_AHEAD = 65_536, 4
 
     def __init__(self, config: Config, run: Run):
-        self.config, self.run, self.seq_len = config, run, config.train_seq_len
+        self.config, self.run, self.seq_len, self.stalls = config, run, config.train_seq_len, 0
         self.paths = find_shards(config, "train")
         self.shards = [read_shard(path) for path in self.paths]
         self.ends = np.cumsum([(len(shard) - 1) // self.seq_len for shard in self.shards])
@@ -707,30 +758,44 @@ class TrainLoader:
         """The run's i-th sequence."""
         return self.span((self.offset + i * self.stride) % self.n)
 
-    def batch(self, step: int) -> Tensor:
-        """This rank's sequences of an optimizer step: int64 [n, TRAIN_SEQ_LEN + 1] on the device; n may be 0."""
+    def host_batch(self, step: int) -> Tensor:
+        """This rank's sequences of an optimizer step, int64 [n, TRAIN_SEQ_LEN + 1]; n may be 0. Pinned for CUDA."""
         mine, first = self.run.share(self.config.batch_seqs), step * self.config.batch_seqs
-        return self.on_device([self.sequence(first + i) for i in range(mine.start, mine.stop)])
+        block = self.stacked([self.sequence(first + i) for i in range(mine.start, mine.stop)])
+        return block.pin_memory() if self.run.device.type == "cuda" else block
+
+    def batch(self, step: int) -> Tensor:
+        """The same on the device."""
+        return self.host_batch(step).to(self.run.device, non_blocking=True)
+
+    def batches(self):
+        """batch(0), batch(1) and so on, read ahead by a thread; `stalls` counts those that were waited for."""
+        with ThreadPoolExecutor(1) as reader:
+            coming = deque(reader.submit(self.host_batch, step) for step in range(self.BATCHES_AHEAD))
+            for step in itertools.count():
+                self.stalls += step > 0 and not coming[0].done()
+                batch = coming.popleft().result()
+                coming.append(reader.submit(self.host_batch, step + self.BATCHES_AHEAD))
+                yield batch.to(self.run.device, non_blocking=True)
 
     def first_sequences(self, n_tokens: int) -> Tensor:
         """This rank's part of the run's first sequences, n_tokens in all or one sequence, like a batch."""
         mine = self.run.share(max(1, n_tokens // self.seq_len))
-        return self.on_device([self.sequence(i) for i in range(mine.start, mine.stop)])
+        return self.stacked([self.sequence(i) for i in range(mine.start, mine.stop)]).to(self.run.device)
 
     def held_out_batch(self) -> Tensor:
         """This rank's part of the spans on which averages are chosen, like a batch."""
         mine = self.run.share(self.averaging)
-        return self.on_device([self.span(self.n + i) for i in range(mine.start, mine.stop)])
+        return self.stacked([self.span(self.n + i) for i in range(mine.start, mine.stop)]).to(self.run.device)
 
     def held_out_text(self, n_tokens: int) -> Tensor:
         """The spans that training never sees, in the order of the text: int64, n_tokens at most."""
         spans = [self.span(i)[:-1] for i in range(self.n, self.n + self.held_out)]
         return torch.from_numpy(np.concatenate(spans)[:n_tokens]).to(self.run.device)
 
-    def on_device(self, rows: list[np.ndarray]) -> Tensor:
-        """Sequences as int64 [n, TRAIN_SEQ_LEN + 1] on the device."""
-        block = np.stack(rows) if rows else np.empty((0, self.seq_len + 1), dtype=np.int64)
-        return torch.from_numpy(block).to(self.run.device)
+    def stacked(self, rows: list[np.ndarray]) -> Tensor:
+        """Sequences as int64 [n, TRAIN_SEQ_LEN + 1]."""
+        return torch.from_numpy(np.stack(rows) if rows else np.empty((0, self.seq_len + 1), dtype=np.int64))
 
     def head(self, n_tokens: int) -> np.ndarray:
         """The first tokens of the first shard, the same on every rank."""
@@ -801,8 +866,15 @@ def windows(first: int, last: int, stride: int, seq_len: int) -> tuple[np.ndarra
 
 
 # ======================================================================================================================
-# Kernels: the operations with more than one implementation, behind one name each.
+# Kernels: the operations with more than one implementation, behind one name each. The plain one is the specification.
 # ======================================================================================================================
+
+SDPA_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 @functools.cache
@@ -817,13 +889,278 @@ def find_flash_attention_3():
     return flash_attn_func if callable(flash_attn_func) else None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, flash_attn_3=None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "math") -> Tensor:
     """Causal attention with grouped KV heads: q [B, T, H, D], k and v [B, T, KV, D] -> [B, T, H, D]."""
-    if flash_attn_3 is not None:
-        y = flash_attn_3(q, k, v, causal=True, deterministic=torch.are_deterministic_algorithms_enabled())
+    if backend == "flash3":
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        y = find_flash_attention_3()(q, k, v, causal=True, deterministic=deterministic)
         return y[0] if isinstance(y, tuple) else y
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+    with sdpa_kernel(SDPA_BACKENDS[backend]):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def softcap(logits: Tensor, cap: float) -> Tensor:
+    """Logits held within +-cap, as float32; a cap of 0 is none."""
+    return cap * torch.tanh(logits.float() / cap) if cap else logits.float()
+
+
+def softcapped_nll(logits: Tensor, targets: Tensor, cap: float, fused: bool = False) -> Tensor:
+    """Nats of targets [N] under the softmax of softcap(logits [N, V]): float32 [N].
+
+    The fused form reads the logits in their own type and keeps nothing of their size in float32.
+    """
+    if fused:
+        return torch.ops.golf.softcapped_nll(logits, targets, cap)[0]
+    return F.cross_entropy(softcap(logits, cap), targets, reduction="none")
+
+
+def linear_leaky_square(x: Tensor, weight: Tensor, slope: float, fused: bool = False) -> Tensor:
+    """leaky_relu(x W^T)^2: x [..., K], weight [N, K] -> [..., N]. The fused form squares where the product is made."""
+    if fused:
+        return torch.ops.golf.linear_leaky_square(x.flatten(0, -2), weight, slope)[0].view(*x.shape[:-1], -1)
+    return F.leaky_relu(F.linear(x, weight), slope).square()
+
+
+# Triton's forms. Interpreted with TRITON_INTERPRET=1, they run on a CPU, which is how the tests compare them.
+jit = triton.jit if triton else lambda kernel: kernel
+LOSS_BLOCK = 1024  # logits of a row at a time
+TILE = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3)
+
+
+@jit
+def softcapped(x, CAP: tl.constexpr):
+    """CAP * tanh(x / CAP), by the logistic function."""
+    return 2 * CAP * tl.sigmoid(2 * x / CAP) - CAP if CAP > 0 else x
+
+
+@jit
+def softcapped_nll_kernel(logits, targets, nll, lse, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
+    """A row a program: its log-sum-exp is gathered as its logits stream by (Milakov and Gimelshein 2018)."""
+    row = tl.program_id(0).to(tl.int64)
+    largest, total = tl.full((), -1e30, tl.float32), tl.full((), 0.0, tl.float32)
+    for start in tl.static_range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + row * V + column, mask=column < V, other=0.0).to(tl.float32)
+        z = tl.where(column < V, softcapped(x, CAP), -1e30)
+        top = tl.maximum(largest, tl.max(z, 0))
+        total = total * tl.exp(largest - top) + tl.sum(tl.exp(z - top), 0)
+        largest = top
+    log_sum = largest + tl.log(total)
+    target = tl.load(logits + row * V + tl.load(targets + row)).to(tl.float32)
+    tl.store(lse + row, log_sum)
+    tl.store(nll + row, log_sum - softcapped(target, CAP))
+
+
+@jit
+def softcapped_nll_grad_kernel(
+    logits, targets, lse, grad, grad_logits, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A block of a row a program: grad * (p - [target]) * dz/dx, with p made again from the log-sum-exp."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(logits + row * V + column, mask=column < V, other=0.0).to(tl.float32)
+    z = softcapped(x, CAP)
+    excess = tl.exp(z - tl.load(lse + row)) - tl.where(column == tl.load(targets + row), 1.0, 0.0)
+    slope = 1 - (z / CAP) * (z / CAP) if CAP > 0 else 1.0
+    tl.store(grad_logits + row * V + column, tl.load(grad + row) * excess * slope, mask=column < V)
+
+
+@jit
+def linear_leaky_square_kernel(
+    x, weight, product, squared, M, N, SLOPE: tl.constexpr, K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile of x W^T a program, written as it is, for the backward pass, and squared."""
+    m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
+    k = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        at = start + k
+        a = tl.load(x + m * K + at[None, :], mask=(m < M) & (at[None, :] < K), other=0.0)
+        b = tl.load(weight + n * K + at[:, None], mask=(n < N) & (at[:, None] < K), other=0.0)
+        total = tl.dot(a, b, total)
+    inside = (m < M) & (n < N)
+    tl.store(product + m * N + n, total, mask=inside)
+    bent = tl.where(total > 0, total, SLOPE * total)
+    tl.store(squared + m * N + n, bent * bent, mask=inside)
+
+
+# As operators of their own they stand in a compiled graph as they are, without a break.
+@torch.library.custom_op(
+    "golf::softcapped_nll", mutates_args=(), schema="(Tensor logits, Tensor targets, float cap) -> (Tensor, Tensor)"
+)
+def softcapped_nll_op(logits, targets, cap):
+    n_rows, vocab_size = logits.shape
+    nll, lse = logits.new_empty(n_rows, dtype=torch.float32), logits.new_empty(n_rows, dtype=torch.float32)
+    if n_rows:
+        softcapped_nll_kernel[(n_rows,)](logits.contiguous(), targets, nll, lse, vocab_size, cap, LOSS_BLOCK)
+    return nll, lse
+
+
+@torch.library.custom_op(
+    "golf::softcapped_nll_grad",
+    mutates_args=(),
+    schema="(Tensor logits, Tensor targets, Tensor lse, Tensor grad, float cap) -> Tensor",
+)
+def softcapped_nll_grad_op(logits, targets, lse, grad, cap):
+    (n_rows, vocab_size), grad_logits = logits.shape, torch.empty_like(logits, memory_format=torch.contiguous_format)
+    if n_rows:
+        grid = n_rows, -(-vocab_size // LOSS_BLOCK)
+        softcapped_nll_grad_kernel[grid](
+            logits.contiguous(), targets, lse, grad.contiguous(), grad_logits, vocab_size, cap, LOSS_BLOCK
+        )
+    return grad_logits
+
+
+@torch.library.custom_op(
+    "golf::linear_leaky_square", mutates_args=(), schema="(Tensor x, Tensor weight, float slope) -> (Tensor, Tensor)"
+)
+def linear_leaky_square_op(x, weight, slope):
+    (n_rows, inner), n_columns = x.shape, len(weight)
+    squared, product = (x.new_empty(n_rows, n_columns) for _ in range(2))
+    if n_rows:
+        grid = -(-n_columns // TILE["BLOCK_N"]), -(-n_rows // TILE["BLOCK_M"])
+        linear_leaky_square_kernel[grid](
+            x.contiguous(), weight.contiguous(), product, squared, n_rows, n_columns, slope, inner, **TILE
+        )
+    return squared, product
+
+
+@softcapped_nll_op.register_fake
+def _(logits, targets, cap):
+    return tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(2))
+
+
+@softcapped_nll_grad_op.register_fake
+def _(logits, targets, lse, grad, cap):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+@linear_leaky_square_op.register_fake
+def _(x, weight, slope):
+    return tuple(x.new_empty(len(x), len(weight)) for _ in range(2))
+
+
+def keep_for_nll(ctx, inputs, output) -> None:
+    logits, targets, ctx.cap = inputs
+    ctx.save_for_backward(logits, targets, output[1])
+
+
+def nll_backward(ctx, grad, _):
+    return torch.ops.golf.softcapped_nll_grad(*ctx.saved_tensors, grad, ctx.cap), None, None
+
+
+def keep_for_square(ctx, inputs, output) -> None:
+    x, weight, ctx.slope = inputs
+    ctx.save_for_backward(x, weight, output[1])
+
+
+def square_backward(ctx, grad, _):
+    """The derivative of leaky_relu(u)^2 is 2 u or 2 slope^2 u; the two products after it are plain ones."""
+    x, weight, product = ctx.saved_tensors
+    inner = grad * 2 * torch.where(product > 0, product, ctx.slope**2 * product)
+    return inner @ weight, inner.mT @ x, None
+
+
+softcapped_nll_op.register_autograd(nll_backward, setup_context=keep_for_nll)
+linear_leaky_square_op.register_autograd(square_backward, setup_context=keep_for_square)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Which form each operation has; the defaults are the plain ones."""
+
+    attention: str = "math"
+    fused_loss: bool = False
+    fused_mlp: bool = False
+
+    def __str__(self):
+        forms = (("loss", self.fused_loss), ("mlp", self.fused_mlp))
+        return f"attention:{self.attention} " + " ".join(f"{name}:{'triton' if on else 'plain'}" for name, on in forms)
+
+
+@functools.cache
+def choose_kernels(c: Config, run: Run) -> Kernels:
+    """What the model runs on here, chosen once and alike on all ranks.
+
+    Raises InputError for a form that was asked for and does not work.
+    """
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if c.kernels == "triton" and not (triton and (interpreted or run.device.type == "cuda")):
+        raise InputError("KERNELS=triton: needs Triton and a CUDA device; allowed here are 'auto' and 'plain'")
+    return run.broadcast(lambda: Kernels(first_attention(c, run), *fusions(c, run)))
+
+
+def first_attention(c: Config, run: Run) -> str:
+    """The first of ATTENTION's choices, or the one that it names, that works here."""
+    candidates = ("flash3", *SDPA_BACKENDS) if c.attention == "auto" else (c.attention,)
+    found = next((backend for backend in candidates if attention_works(backend, c, run)), None)
+    if found is None:
+        raise InputError(f"ATTENTION={c.attention}: does not work here on {run.device.type}; allowed is 'auto'")
+    return found
+
+
+def attention_works(backend: str, c: Config, run: Run) -> bool:
+    """Whether it runs both ways on the model's heads, like the plain form and with finite gradients."""
+    generator, head_dim = torch.Generator().manual_seed(0), c.model_dim // c.num_heads
+    q, k, v = (
+        torch.randn(2, 128, heads, head_dim, generator=generator).to(run.device, run.dtype).requires_grad_()
+        for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)
+    )
+    try:
+        found, plain = attention(q, k, v, backend), attention(q, k, v)
+        gradients = torch.autograd.grad(found.square().sum(), (q, k, v))
+    except Exception:  # whatever a library raises for a device, a type or a shape that it does not take
+        return False
+    return agree(found, plain) and all(bool(gradient.isfinite().all()) for gradient in gradients)
+
+
+def agree(a: Tensor, b: Tensor) -> bool:
+    """Whether two results are one but for rounding in bfloat16."""
+    return bool((a.float() - b.float()).norm() <= 1e-2 * b.float().norm())
+
+
+def fusions(c: Config, run: Run) -> tuple[bool, bool]:
+    """Whether Triton's forms of the loss and of the MLP are used: in bfloat16 on CUDA where they take less time."""
+    if c.kernels != "auto" or not triton or run.dtype != torch.bfloat16 or run.device.type != "cuda":
+        return (c.kernels == "triton",) * 2
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=run.device).bfloat16().requires_grad_()
+
+    n, hidden = c.micro_batch_tokens, round(c.mlp_mult * c.model_dim)
+    targets = torch.randint(c.vocab_size, (n,), device=run.device)
+    return (
+        fusion_pays(softcapped_nll, (random(n, c.vocab_size), targets, c.logit_softcap), run),
+        fusion_pays(linear_leaky_square, (random(n, c.model_dim), random(hidden, c.model_dim), c.leaky_slope), run),
+    )
+
+
+def fusion_pays(operation, inputs: tuple, run: Run) -> bool:
+    """Whether the fused form gives what the plain one, compiled, gives, and is faster, forward and backward."""
+
+    def both_ways(fused: bool):
+        form = torch.compile(functools.partial(operation, fused=fused), dynamic=False, fullgraph=True)
+        learned = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+
+        def call() -> list[Tensor]:
+            y = form(*inputs)
+            return [y, *torch.autograd.grad(y.sum(), learned)]
+
+        return call
+
+    try:
+        plain, fused = both_ways(False), both_ways(True)
+        alike = all(map(agree, fused(), plain()))
+        plain_ms, fused_ms = triton.testing.do_bench(plain), triton.testing.do_bench(fused)
+    except Exception as error:  # of a compiler: the plain form is always there
+        run.log(f"{operation.__name__}: plain, since Triton's form fails: {str(error).splitlines()[0]}")
+        return False
+    found = "" if alike else ", which differs and is not used"
+    run.log(f"{operation.__name__}: plain {plain_ms:.3f} ms, Triton {fused_ms:.3f} ms{found}")
+    return alike and fused_ms < plain_ms
 
 
 # ======================================================================================================================
@@ -849,6 +1186,17 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class LeakySquareLinear(Linear):
+    """A linear map and leaky_relu(.)^2 behind it."""
+
+    def __init__(self, in_features: int, out_features: int, slope: float, fused: bool):
+        super().__init__(in_features, out_features)
+        self.slope, self.fused = slope, fused
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear_leaky_square(x, self.weight.to(x.dtype), self.slope, self.fused)
 
 
 class BigramEmbedding(nn.Module):
@@ -892,8 +1240,9 @@ class SmearGate(nn.Module):
 class Attention(nn.Module):
     """Causal grouped-query attention: QK norm, partial rotary embedding, value residual, exclusive self-attention."""
 
-    def __init__(self, c: Config, layer: int):
+    def __init__(self, c: Config, layer: int, backend: str):
         super().__init__()
+        self.backend = backend
         self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.model_dim // c.num_heads
         kv_dim = self.kv_heads * self.head_dim
         self.q, self.k, self.v = (Linear(c.model_dim, n) for n in (c.model_dim, kv_dim, kv_dim))
@@ -903,7 +1252,6 @@ class Attention(nn.Module):
         mixes_value = c.value_residual and layer > 0
         self.value_mix = nn.Parameter(torch.tensor([0.5, 0.5])) if mixes_value else None
         self.exclusive = layer >= c.num_layers - c.xsa_last_n
-        self.flash_attn_3 = find_flash_attention_3()
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], v_first: Tensor | None, v_extra: Tensor | None):
         """x [B, T, C] -> (y [B, T, C], v [B, T, KV, D] of this layer before any mixing)."""
@@ -916,7 +1264,7 @@ class Attention(nn.Module):
             v = mix[0] * v_first + mix[1] * v
         q, k = rotate(rms_norm(q), *rotary), rotate(rms_norm(k), *rotary)
         q = q * self.q_gain.to(q.dtype)[:, None]
-        y = attention(q, k, v, self.flash_attn_3 if x.is_cuda and x.dtype == torch.bfloat16 else None)
+        y = attention(q, k, v, self.backend)
         if self.exclusive:
             y = remove_own_value(y, v)
         return self.out(y.reshape(batch, seq_len, -1)), v_own
@@ -943,15 +1291,15 @@ def remove_own_value(y: Tensor, v: Tensor) -> Tensor:
 class Block(nn.Module):
     """Attention, then MLP, each on the normed input; the stem's output x0 is mixed in first."""
 
-    def __init__(self, c: Config, layer: int):
+    def __init__(self, c: Config, layer: int, kernels: Kernels):
         super().__init__()
         hidden = round(c.mlp_mult * c.model_dim)
-        self.attn = Attention(c, layer)
-        self.up, self.down = Linear(c.model_dim, hidden), Linear(hidden, c.model_dim)
+        self.attn = Attention(c, layer, kernels.attention)
+        self.up = LeakySquareLinear(c.model_dim, hidden, c.leaky_slope, kernels.fused_mlp)
+        self.down = Linear(hidden, c.model_dim)
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(c.model_dim), torch.zeros(c.model_dim)]))
         self.attn_scale = nn.Parameter(torch.ones(c.model_dim))
         self.mlp_scale = nn.Parameter(torch.ones(c.model_dim))
-        self.leaky_slope = c.leaky_slope
         self.input_scale = 1 / math.sqrt(layer + 1) if c.layer_scale else 1.0
 
     def forward(self, x: Tensor, x0: Tensor, rotary, v_first: Tensor | None, v_extra: Tensor | None):
@@ -960,16 +1308,16 @@ class Block(nn.Module):
         x = mix[0] * x + mix[1] * x0
         y, v = self.attn(rms_norm(x) * self.input_scale, rotary, v_first, v_extra)
         x = x + attn_scale * y
-        hidden = F.leaky_relu(self.up(rms_norm(x) * self.input_scale), self.leaky_slope).square()
-        return x + mlp_scale * self.down(hidden), v
+        return x + mlp_scale * self.down(self.up(rms_norm(x) * self.input_scale)), v
 
 
 class GPT(nn.Module):
     """The transformer. All parameters are float32; activations have the type `dtype`."""
 
-    def __init__(self, c: Config, dtype: torch.dtype = torch.float32):
+    def __init__(self, c: Config, dtype: torch.dtype = torch.float32, kernels: Kernels = Kernels()):  # noqa: B008
         super().__init__()
         self.dtype, self.logit_softcap, self.ve_layers = dtype, c.logit_softcap, c.ve_layers
+        self.fused_loss = kernels.fused_loss
         self.tok_emb = nn.Embedding(c.vocab_size, c.model_dim)
         self.bigram = BigramEmbedding(c) if c.bigram_vocab_size else None
         self.smear = SmearGate(c) if c.smear_gate else None
@@ -977,7 +1325,7 @@ class GPT(nn.Module):
             self.value_emb = nn.Embedding(c.vocab_size, c.ve_dim)
             self.value_proj = Linear(c.ve_dim, c.num_kv_heads * c.model_dim // c.num_heads)
             self.value_scale = nn.Parameter(torch.full((len(c.ve_layers),), 0.1))
-        self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.num_layers))
+        self.blocks = nn.ModuleList(Block(c, layer, kernels) for layer in range(c.num_layers))
         # U-Net: the second half of the layers takes back what the first half put out, latest first.
         self.encoder_layers = c.num_layers // 2 if c.unet_skips else 0
         self.skip_scale = nn.Parameter(torch.ones(self.encoder_layers, c.model_dim))
@@ -1005,8 +1353,11 @@ class GPT(nn.Module):
                 assert name.endswith(INITIALIZED_BY_CONSTRUCTOR), f"parameter {name} has no initialization"
         return self
 
-    def forward(self, tokens: Tensor, keep: int = 0) -> Tensor:
-        """Token ids [B, T] -> logits, float32 [B, T, V], or [B, keep, V] for the last `keep` positions only."""
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, keep: int = 0) -> Tensor:
+        """Token ids [B, T] -> logits, float32 [B, T, V], or [B, keep, V] for the last `keep` positions only.
+
+        With targets, token ids [B, T]: the nats of each, float32 [B, T].
+        """
         assert tokens.shape[1] <= len(self.cos), "longer than TRAIN_SEQ_LEN and EVAL_SEQ_LEN"
         x = self.tok_emb(tokens).to(self.dtype)
         if self.bigram is not None:
@@ -1017,9 +1368,10 @@ class GPT(nn.Module):
         x = rms_norm(self.run_blocks(x, tokens))
         x = x[:, -keep:] if keep else x
         logits = F.linear(x, self.tok_emb.weight.to(x.dtype)) if self.head is None else self.head(x)
-        logits = logits.float()
-        cap = self.logit_softcap
-        return cap * torch.tanh(logits / cap) if cap else logits
+        if targets is None:
+            return softcap(logits, self.logit_softcap)
+        nll = softcapped_nll(logits.flatten(0, 1), targets.flatten(), self.logit_softcap, self.fused_loss)
+        return nll.view(targets.shape)
 
     def run_blocks(self, x: Tensor, tokens: Tensor) -> Tensor:
         """All layers over the stem's output [B, T, C]."""
@@ -1048,20 +1400,31 @@ INITIALIZED_BY_CONSTRUCTOR = ("_scale", "_gain", "_mix", ".scale", ".gate")
 # Optimizers: Muon on the blocks' matrices, AdamW on the rest, and the running averages of the weights.
 # ======================================================================================================================
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan, Muon (2024): quintic that pushes singular values toward 1
+# (a, b, c) of x <- a x + (b x x^T + c (x x^T)^2) x, which pushes singular values toward 1; the last goes on.
+NEWTON_SCHULZ = {
+    "jordan": ((3.4445, -4.7750, 2.0315),),  # Keller Jordan, Muon (2024)
+    "polar_express": (  # Amsel et al. 2025, arXiv 2505.16932, as in PR #1787, the first for x / 1.02
+        (7.996623, -21.186509, 14.381890),
+        (4.042930, -2.808917, 0.500018),
+        (3.891668, -2.772484, 0.506065),
+        (3.285754, -2.368129, 0.464490),
+        (2.346541, -1.709783, 0.423236),
+    ),
+}
 
 
-def zeropower(bank: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+def zeropower(bank: Tensor, steps: int, dtype: torch.dtype, coefficients: str = "jordan") -> Tensor:
     """The nearest semi-orthogonal matrices, roughly: [n, rows, cols] -> the same in `dtype`, singular values near 1."""
-    a, b, c = NEWTON_SCHULZ
     x = bank.to(dtype)
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    table = NEWTON_SCHULZ[coefficients]
+    for i in range(steps):
+        a, b, c = table[min(i, len(table) - 1)]
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
 
@@ -1069,7 +1432,8 @@ class Muon:
     """Momentum orthogonalized by Newton-Schulz. Matrices of one shape are stacked into a bank and stepped together.
 
     With several ranks, the gradient bank is padded to a multiple of their number, reduce-scattered, orthogonalized
-    where it lands, and the updates are gathered; each rank holds the momentum of its own part only.
+    where it lands, and the updates are gathered; each rank holds the momentum of its own part only. What one bank sends
+    is on its way while the next is computed, the largest first (Parallel Muon, PR #399 of openai/parameter-golf).
     """
 
     def __init__(self, params: list[nn.Parameter], config: Config, run: Run):
@@ -1079,7 +1443,6 @@ class Muon:
         parts = [-(-len(bank) // run.world_size) for bank in self.banks]
         banks = zip(parts, self.banks, strict=True)
         self.momenta = [torch.zeros(n, *bank[0].shape, device=run.device) for n, bank in banks]
-        self.grads: list[Tensor] = []
 
     def gradients(self, bank: list[nn.Parameter]) -> Tensor:
         """The bank's gradients, stacked, with zero matrices up to a multiple of the world size."""
@@ -1087,22 +1450,44 @@ class Muon:
         missing = -len(bank) % self.run.world_size
         return torch.stack([p.grad for p in bank] + [torch.zeros_like(bank[0])] * missing)
 
-    def reduce(self) -> Tensor:
-        """Sum the gradients over ranks, keep this rank's part, and return its squared norm."""
-        self.grads = [self.run.reduce_scatter(self.gradients(bank)) for bank in self.banks]
-        return sum(grad.square().sum() for grad in self.grads)
+    def reduce(self) -> list[Arriving]:
+        """Begin to sum the gradients over ranks; what arrives is this rank's part of each bank."""
+        return [self.run.reduce_scatter(self.gradients(bank)) for bank in self.banks]
 
     @torch.no_grad()
-    def step(self, lr: float, momentum: float, clip: Tensor | float) -> None:
-        for bank, grad, buffer in zip(self.banks, self.grads, self.momenta, strict=True):
-            grad.mul_(clip)
+    def orthogonalize(self, grads: list[Tensor], momentum: float) -> list[Arriving]:
+        """Take in this rank's gradients and begin to gather each bank's update."""
+        c, found = self.config, []
+        for grad, buffer in zip(grads, self.momenta, strict=True):
             buffer.mul_(momentum).add_(grad)
-            nesterov = grad.add(buffer, alpha=momentum)
-            update = zeropower(nesterov, self.config.muon_backend_steps, self.run.dtype)
+            update = grad.add(buffer, alpha=momentum)  # Nesterov's
+            if c.muon_row_norm:
+                update = F.normalize(update, dim=-1)
+            update = zeropower(update, c.muon_backend_steps, self.run.dtype, c.muon_coefficients)
+            found.append(self.run.all_gather(update))
+        return found
+
+    @torch.no_grad()
+    def apply(self, updates: list[Arriving], lr: float) -> None:
+        """Decay the matrices and move them along their updates."""
+        for bank, update in zip(self.banks, updates, strict=True):
             rows, cols = bank[0].shape
-            scale = -lr * math.sqrt(max(1, rows / cols))
-            for p, u in zip(bank, self.run.all_gather(update), strict=False):  # the padding is left over
-                p.mul_(1 - lr * self.config.muon_wd).add_(u, alpha=scale)
+            moves = update.wait()[: len(bank)].float().unbind()  # the padding is left over
+            torch._foreach_mul_(bank, 1 - lr * self.config.muon_wd)
+            torch._foreach_add_(bank, moves, alpha=-lr * math.sqrt(max(1, rows / cols)))
+
+
+def clip_gradients(grads: list[Tensor], norm: Tensor, limit: float) -> Tensor:
+    """Scale gradients of a joint norm to `limit` at most (0 = none), or to zero if it is not finite.
+
+    Returns whether it was not; the device is not waited for.
+    """
+    finite = norm.isfinite()
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
+    for grad in grads:
+        grad.nan_to_num_(0.0, 0.0, 0.0)
+    torch._foreach_mul_(grads, torch.where(finite, scale, 0.0))
+    return ~finite
 
 
 class Optimizers:
@@ -1129,30 +1514,37 @@ class Optimizers:
             weight_decay=config.adam_wd,
             fused=run.device.type == "cuda",
         )
+        self.skipped = torch.zeros((), dtype=torch.int64, device=run.device)  # steps whose gradient was not finite
 
+    @torch.no_grad()
     def step(self, lr_scale: float, muon_momentum: float) -> None:
-        """Sum the gradients over ranks, clip by their joint norm, update, and clear them."""
-        muon_square = self.run.sum(self.muon.reduce())
+        """Sum the gradients over ranks, clip by their joint norm, update, and clear them.
+
+        Where the norm is not finite (a rare fault of cuDNN's attention backward, for one), the step has no gradient.
+        """
+        reduced = self.muon.reduce()
         self.run.sum_gradients(self.small)
-        norm = (muon_square + sum(p.grad.square().sum() for p in self.small)).sqrt()
-        clip = (self.config.grad_clip_norm / (norm + 1e-6)).clamp(max=1.0) if self.config.grad_clip_norm else 1.0
-        self.muon.step(lr_scale * self.config.matrix_lr, muon_momentum, clip)
+        shards, small = [arriving.wait() for arriving in reduced], [p.grad for p in self.small]
+        square = self.run.sum(sum(grad.square().sum() for grad in shards)) + sum(g.square().sum() for g in small)
+        self.skipped += clip_gradients(shards + small, square.sqrt(), self.config.grad_clip_norm)
+        updates = self.muon.orthogonalize(shards, muon_momentum)
         for group in self.adam.param_groups:
             group["lr"] = lr_scale * group["base_lr"]
-            for p in group["params"]:
-                p.grad.mul_(clip)
         self.adam.step()
+        self.muon.apply(updates, lr_scale * self.config.matrix_lr)
         for p in self.small + [p for bank in self.muon.banks for p in bank]:
             p.grad = None
 
     def state(self) -> dict:
         """A copy of everything that steps change, other than the parameters."""
-        return dict(momenta=[m.clone() for m in self.muon.momenta], adam=copy.deepcopy(self.adam.state_dict()))
+        adam = copy.deepcopy(self.adam.state_dict())
+        return dict(momenta=[m.clone() for m in self.muon.momenta], adam=adam, skipped=self.skipped.clone())
 
     def restore(self, state: dict) -> None:
         for buffer, saved in zip(self.muon.momenta, state["momenta"], strict=True):
             buffer.copy_(saved)
         self.adam.load_state_dict(state["adam"])
+        self.skipped.copy_(state["skipped"])
 
 
 def is_block_matrix(name: str, p: Tensor) -> bool:
@@ -1206,15 +1598,15 @@ class Phase:
     collect_swa: bool
 
 
-def schedule(step: int, elapsed_seconds: float, c: Config) -> Phase:
-    """The phase of a step, from the step and the clock alone.
+def schedule(step: int, elapsed_seconds: float, budget_seconds: float, c: Config) -> Phase:
+    """The phase of a step, from the step and the clock alone; a budget of 0 is none.
 
     Where the clock ends the run before ITERATIONS, the projected number of steps stands in for it, and the learning
     rate's warm-up takes at most a tenth, the momentum's a quarter and the warmdown six tenths of the run.
     """
     remaining = c.iterations - step
-    if c.max_wallclock_seconds and step:
-        left_seconds = max(0.0, c.max_wallclock_seconds - elapsed_seconds)
+    if budget_seconds and step:
+        left_seconds = max(0.0, budget_seconds - elapsed_seconds)
         remaining = min(remaining, left_seconds / (elapsed_seconds / step))
     total = step + remaining
 
@@ -1247,12 +1639,6 @@ def complement_weights(loader: TrainLoader, c: Config, device: torch.device) -> 
     return (1 - c.complement_alpha * pairs / (pairs.sum(1, keepdim=True) + 1)).clamp(min=0.1)
 
 
-def token_nll(model, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Nats of each target: token ids [B, T] twice -> float32 [B, T]."""
-    nll = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="none")
-    return nll.view(targets.shape)
-
-
 def micro_batches(batch: Tensor, c: Config):
     """A rank's sequences [n, T + 1] as pairs of inputs and targets that fit one forward pass; none if n is 0."""
     for first in range(0, len(batch), max(1, c.micro_batch_tokens // c.train_seq_len)):
@@ -1267,7 +1653,7 @@ def accumulate_gradients(model, batch: Tensor, weights: Tensor | None, c: Config
     """
     total = torch.zeros((), device=batch.device)
     for inputs, targets in micro_batches(batch, c):
-        nll = token_nll(model, inputs, targets)
+        nll = model(inputs, targets)
         loss = nll if weights is None else nll * weights[inputs, targets]
         (loss.sum() / c.batch_tokens).backward()
         total += nll.detach().sum()
@@ -1287,8 +1673,15 @@ def weights_replaced(params: list[nn.Parameter], replacements: list[Tensor]):
             torch._foreach_copy_(params, floats)
 
 
-def warm_up(model: GPT, called, optimizers: Optimizers, c: Config, run: Run) -> None:
-    """Compile everything that a step runs, on synthetic tokens, and then put all state back as it was."""
+RESERVE = 1.25  # times what a rehearsal took
+
+
+def warm_up(model: GPT, called, optimizers: Optimizers, conclude, c: Config, run: Run) -> float:
+    """Compile everything that a step runs, on synthetic tokens, and then put all state back as it was.
+
+    Returns the seconds that the steps must leave for `conclude`: it is rehearsed and timed, on the weights that the
+    warm-up came to, if there is a MAX_WALLCLOCK_SECONDS. Raises InputError if that leaves nothing for the steps.
+    """
     weights = [p.detach().clone() for p in model.parameters()]
     state = optimizers.state()
     generator = torch.Generator().manual_seed(c.seed)
@@ -1300,15 +1693,32 @@ def warm_up(model: GPT, called, optimizers: Optimizers, c: Config, run: Run) -> 
         optimizers.step(lr_scale=1.0, muon_momentum=c.muon_momentum)
         batch_nats(called, batch, c)
         run.log(f"warmup_step:{step + 1}/{c.warmup_steps}")
+    reserve_seconds = rehearse(model, conclude, c, run) if c.max_wallclock_seconds else 0.0
     with torch.no_grad():
         torch._foreach_copy_(list(model.parameters()), weights)
     optimizers.restore(state)
+    return reserve_seconds
+
+
+def rehearse(model: GPT, conclude, c: Config, run: Run) -> float:
+    """Seconds to keep for what follows the last step. Raises InputError if MAX_WALLCLOCK_SECONDS has no more."""
+    averages = WeightAverages(model, c)
+    averages.update(0, late=True)
+    clock = Clock(run)
+    with run.silent():
+        conclude(averages, None)
+    seconds = RESERVE * run.max(clock.seconds())
+    run.log(f"reserve: {seconds:.1f} s, {RESERVE} times what a rehearsal of all that follows the last step took")
+    if seconds >= c.max_wallclock_seconds:
+        held = f"what follows the last step needs {seconds:.1f} s here"
+        raise InputError(f"MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds}: {held}; allowed is more")
+    return seconds
 
 
 @torch.no_grad()
 def batch_nats(called, batch: Tensor, c: Config) -> Tensor:
     """The sum of nats over a rank's sequences [n, T + 1], without gradients."""
-    nats = [token_nll(called, inputs, targets).sum() for inputs, targets in micro_batches(batch, c)]
+    nats = [called(inputs, targets).sum() for inputs, targets in micro_batches(batch, c)]
     return torch.stack(nats).sum() if nats else torch.zeros((), device=batch.device)
 
 
@@ -1332,44 +1742,60 @@ def choose_average(model: GPT, called, averages: WeightAverages, loader: TrainLo
     run.log("averages: " + " ".join(f"{name}:{nats:.5f}" for name, nats in losses.items()) + f" chosen:{best}")
 
 
-def train(model: GPT, c: Config, run: Run, stream: Stream | None) -> dict:
+def train(model: GPT, conclude, path: Path | None, c: Config, run: Run, stream: Stream | None) -> dict:
     """Train the model in place within ITERATIONS and MAX_WALLCLOCK_SECONDS; returns the run record's `train` part.
 
+    `conclude(averages, path)` is what follows the last step, counts against the same time and returns seconds by part.
     Raises InputError if the loss stops being finite.
     """
     loader, optimizers, called = TrainLoader(c, run), Optimizers(model, c, run), run.wrap(model)
     run.log(f"train_loader:dataset:{c.data_path} train_shards:{len(loader.shards)} sequences:{loader.n}")
-    warm_up(model, called, optimizers, c, run)
+    reserve_seconds = warm_up(model, called, optimizers, conclude, c, run)
+    budget_seconds = c.max_wallclock_seconds - reserve_seconds
     clock = Clock(run)
-    averages = WeightAverages(model, c)
-    weights = complement_weights(loader, c, run.device)
-    step, elapsed, done = 0, 0.0, False
+    averages, weights = WeightAverages(model, c), complement_weights(loader, c, run.device)
+    step, elapsed, done, batches = 0, 0.0, False, loader.batches()
     while not done:
-        phase = schedule(step, elapsed, c)
-        nats = accumulate_gradients(called, loader.batch(step), weights, c)
+        phase = schedule(step, elapsed, budget_seconds, c)
+        nats = accumulate_gradients(called, next(batches), weights, c)
         optimizers.step(phase.lr_scale, phase.muon_momentum)
         averages.update(step, phase.collect_swa)
+        run.follow()
         step += 1
         elapsed = run.max(clock.seconds())
-        out_of_time = c.max_wallclock_seconds and elapsed >= c.max_wallclock_seconds
-        done = step == c.iterations or out_of_time
+        done = step == c.iterations or out_of_time(step, elapsed, budget_seconds)
         if step <= 5 or step % c.train_log_every == 0 or done:
             log_step(step, f"train_loss:{finite_loss(nats, step, c, run):.4f}", elapsed, c, run)
         if c.val_loss_every and step % c.val_loss_every == 0:
             with clock.stopped():
                 log_step(step, validate(called, stream, c, run), elapsed, c, run)
+    batches.close()
     if step < c.iterations:
         run.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{step}/{c.iterations}")
-    choose_average(model, called, averages, loader, c, run)
+    parts = conclude(averages, path)
+    total = run.max(clock.seconds())
+    listed = " ".join(f"{name}:{seconds:.1f}" for name, seconds in parts.items())
+    limit = f" of {c.max_wallclock_seconds:g}" if c.max_wallclock_seconds else ""
+    run.log(f"train_seconds: steps:{elapsed:.1f} {listed} total:{total:.1f}{limit}")
     if run.device.type == "cuda":
         run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB")
+    run.log(f"skipped_steps:{int(optimizers.skipped)} loader_stalls:{loader.stalls}")
     return dict(
         steps=step,
         seconds=round(elapsed, 3),
-        seconds_with_averaging=round(run.max(clock.seconds()), 3),
+        **{f"{name}_seconds": seconds for name, seconds in parts.items()},
+        total_seconds=round(total, 3),
+        reserve_seconds=round(reserve_seconds, 3),
         tokens=step * c.batch_tokens,
         step_avg_ms=round(1000 * elapsed / step, 3),
+        skipped_steps=int(optimizers.skipped),
+        loader_stalls=loader.stalls,
     )
+
+
+def out_of_time(step: int, elapsed_seconds: float, budget_seconds: float) -> bool:
+    """Whether another step may end too late; it may take two, since the device can be one behind the clock."""
+    return bool(budget_seconds) and elapsed_seconds + 2 * elapsed_seconds / step > budget_seconds
 
 
 def finite_loss(nats: Tensor, step: int, c: Config, run: Run) -> float:
@@ -1546,7 +1972,7 @@ def sensitivities(model: GPT, batch: Tensor, run: Run) -> dict[str, Sensitivity]
     handles = [watch(name) for name in maps]
     for sequence in batch.unsqueeze(1):
         model.zero_grad()
-        token_nll(model, sequence[:, :-1], sequence[:, 1:]).sum().backward()
+        model(sequence[:, :-1], sequence[:, 1:]).sum().backward()
         fill_gradients(list(params.values()))
         for name, p in params.items():
             squares[name] += p.grad.square()
@@ -1677,17 +2103,16 @@ def fill(model: GPT, costs: dict[str, Sensitivity], mixer: Maxent, c: Config, to
     return best
 
 
-def quantize_to_size(model: GPT, mixer: Maxent, c: Config, run: Run, tokenizer_sha256: str) -> tuple[Quantized, float]:
-    """What the artifact will hold of the quantized parameters, alike on all ranks, and the seconds that it took."""
-    clock, loader = Clock(run), TrainLoader(c, run)
+def quantize_to_size(model: GPT, called, mixer: Maxent, c: Config, run: Run, tokenizer_sha256: str) -> Quantized:
+    """What the artifact will hold of the quantized parameters, alike on all ranks."""
+    loader = TrainLoader(c, run)
     costs = sensitivities(model, loader.first_sequences(c.gptq_tokens), run)
     quantized = run.broadcast(fill, model, costs, mixer, c, tokenizer_sha256)
-    before = held_out_loss(model, loader, c, run)
+    before = held_out_loss(called, loader, c, run)
     with with_weights(model, quantized):
-        after = held_out_loss(model, loader, c, run)
-    seconds = round(run.max(clock.seconds()), 3)
-    run.log(f"quantization: float:{before:.5f} stored:{after:.5f} gap:{after - before:+.5f} {1000 * seconds:.0f}ms")
-    return quantized, seconds
+        after = held_out_loss(called, loader, c, run)
+    run.log(f"quantization: float:{before:.5f} stored:{after:.5f} gap:{after - before:+.5f}")
+    return quantized
 
 
 def pack(model: GPT, quantized: Quantized, mixer: Maxent, c: Config, tokenizer_sha256: str) -> bytes:
@@ -1925,7 +2350,7 @@ def unpack(parts: dict[str, bytes], c: Config, run: Run) -> tuple[GPT, Maxent]:
     """
     if unknown := set(parts) - INTEGER_PARTS[c.codec] - OTHER_PARTS:
         raise InputError(f"artifact: unknown part {sorted(unknown)[0]}; CODEC={c.codec} has none of that name")
-    model, mixer = GPT(c, run.dtype), Maxent(c)
+    model, mixer = GPT(c, run.dtype, choose_kernels(c, run)), Maxent(c)
     quantized = quantized_parameters(model)
     others = [p for name, p in model.named_parameters() if name not in quantized]
 
@@ -2287,14 +2712,15 @@ class Frozen:
         starts, lows, highs = windows(first, self.seen + rows.stop, self.stride, seq_len)
         known = F.pad(torch.cat([self.context, inputs]), (0, seq_len))
         offset = self.seen - len(self.context)  # position of known[0]
-        batch = max(1, self.c.micro_batch_tokens // seq_len)
+        passes = -(-len(starts) // max(1, self.c.micro_batch_tokens // seq_len))
+        batch = -(-len(starts) // passes)  # about as many windows in each: few shapes, none of them small
         for b in range(0, len(starts), batch):
             start, low, high = starts[b : b + batch], lows[b : b + batch], highs[b : b + batch]
             tokens = known[self.on_device(start[:, None] - offset + np.arange(seq_len))]
             keep = int((start + seq_len - low).max())
             window = np.repeat(np.arange(len(start)), high - low)  # of each position from low[0] to high[-1]
             column = np.arange(low[0], high[-1]) - start[window] - (seq_len - keep)
-            logits = self.model(tokens, keep)[self.on_device(window), self.on_device(column)]
+            logits = self.model(tokens, keep=keep)[self.on_device(window), self.on_device(column)]
             # In float64, so that what is left of a row's deviation from one is the rounding of its entries.
             logp[low[0] - first : high[-1] - first] = (logits / self.temperature).double().log_softmax(-1)
         return logp
@@ -2312,6 +2738,59 @@ class Frozen:
         return [self.context, torch.tensor(self.seen), *self.model.state_dict().values()]
 
 
+class Pace:
+    """How many epochs of adaptation a chunk gets: as many as are set or, if the pass would end too late, fewer.
+
+    The main rank decides, after each scored chunk, from the time that is left and from medians of what the latest
+    chunks took. So the clock, and no token, moves a prediction; the log and the record tell the epochs.
+    """
+
+    LATEST, UNTIMED, MARGIN = 9, 2, 0.97  # chunks that count; first ones that do not, since they compile; of the time
+
+    def __init__(self, most: int, run: Run, n_chunks: int = 0, seconds: float = math.inf, told: tuple[int, ...] = ()):
+        self.most, self.run, self.left, self.told = most, run, n_chunks - 1, told
+        self.scoring, self.learning = deque(maxlen=self.LATEST), deque(maxlen=self.LATEST)  # seconds; an epoch's
+        self.given: list[int] = []  # epochs of each chunk so far
+        self.said = time.perf_counter()
+        self.deadline = self.said + self.MARGIN * seconds
+
+    def lap(self) -> float:
+        """Seconds since the last call."""
+        before, self.said = self.said, time.perf_counter()
+        return self.said - before
+
+    @contextmanager
+    def chunk(self):
+        """Learn from a scored chunk: gives the number of epochs, and times them."""
+        scored, epochs = self.lap(), self.choose()
+        yield epochs
+        self.run.synchronize()
+        learned = self.lap()
+        if len(self.given) >= self.UNTIMED:
+            self.scoring.append(scored)
+            self.learning.extend([learned / epochs] if epochs else [])
+        self.given.append(epochs)
+        self.left -= 1
+
+    def choose(self) -> int:
+        """Epochs of the chunk at hand: as told, for a run that is done again, or as many as there is time for."""
+        if len(self.given) < len(self.told):
+            return self.told[len(self.given)]
+        if math.isinf(self.deadline):
+            return self.most
+        epochs = self.run.broadcast(self.affordable)
+        if epochs != (self.given or [self.most])[-1]:
+            self.run.log(f"ttt_epochs:{epochs} from chunk {len(self.given)} on, {self.left} chunks after it")
+        return epochs
+
+    def affordable(self) -> int:
+        """Epochs for this chunk and for all that come after it."""
+        if not self.learning:
+            return self.most
+        left = self.deadline - self.said - self.left * statistics.median(self.scoring)
+        return max(0, min(self.most, int(left / (self.left * statistics.median(self.learning)))))
+
+
 class Adapting(Frozen):
     """Score-first test-time training: `update` trains a copy of the model on the chunk whose scores are fixed.
 
@@ -2319,7 +2798,8 @@ class Adapting(Frozen):
     micro batches and gradients are summed in float32, so that scores differ between world sizes by its rounding only.
     """
 
-    def __init__(self, model: GPT, c: Config, run: Run, tokenizer: Tokenizer):
+    def __init__(self, model: GPT, c: Config, run: Run, tokenizer: Tokenizer, pace: Pace | None = None):
+        self.pace = pace or Pace(c.ttt_epochs, run)
         self.learner = copy.deepcopy(model)
         self.average = copy.deepcopy(model) if c.ttt_polyak else self.learner
         self.called = run.wrap(self.learner)
@@ -2340,9 +2820,10 @@ class Adapting(Frozen):
             group["lr"] = self.learning_rate()
         inputs, targets, weights = self.training_sequences(tokens)
         batch_seqs = max(1, self.c.ttt_batch_tokens // self.c.train_seq_len)
-        for _ in range(self.c.ttt_epochs):
-            for first in range(0, len(inputs), batch_seqs):
-                self.step(*(x[first : first + batch_seqs] for x in (inputs, targets, weights)))
+        with self.pace.chunk() as epochs:
+            for _ in range(epochs):
+                for first in range(0, len(inputs), batch_seqs):
+                    self.step(*(x[first : first + batch_seqs] for x in (inputs, targets, weights)))
         super().update(tokens)
 
     def learning_rate(self) -> float:
@@ -2368,11 +2849,11 @@ class Adapting(Frozen):
             p.grad = None
         for first in range(mine.start, mine.stop, micro_seqs):
             micro = slice(first, min(first + micro_seqs, mine.stop))
-            nll = token_nll(self.called, inputs[micro], targets[micro])
+            nll = self.called(inputs[micro], targets[micro])
             ((nll * weights[micro]).sum() / total_weight).backward()
         self.run.sum_gradients(self.params)
-        if self.c.ttt_grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.params, self.c.ttt_grad_clip)
+        grads = [p.grad for p in self.params]
+        clip_gradients(grads, torch.stack(torch._foreach_norm(grads)).norm(), self.c.ttt_grad_clip)
         self.optimizer.step()
         if self.c.ttt_polyak:
             with torch.no_grad():
@@ -2423,6 +2904,17 @@ class Mixture:
 
     def state(self) -> list[Tensor]:
         return [*self.fitter.state(), *self.index.state(), *self.neural.state()]
+
+
+class Unmixed:
+    """A mixture's neural rows, to be scored in the mixture's own pass."""
+
+    def __init__(self, mixture: Mixture):
+        self.mixture, self.stride = mixture, mixture.stride
+
+    def predict(self, inputs: Tensor, rows: slice) -> Tensor:
+        """Log-probabilities [m, V] of the tokens that follow inputs[rows]."""
+        return self.mixture.look(inputs, rows)[0]
 
 
 class Fitter:
@@ -2478,16 +2970,12 @@ def lessons(model: GPT, indices: list[ContextIndex], c: Config, run: Run):
             part.update(tokens)
 
 
-def calibrate(model: GPT, mixer: Maxent, c: Config, run: Run) -> float:
-    """Fit the mixer in place on training text that no step has seen; returns the seconds that it took."""
-    clock = Clock(run)
+def calibrate(model: GPT, mixer: Maxent, c: Config, run: Run) -> None:
+    """Fit the mixer in place on training text that no step has seen."""
     taught = lessons(model, [ContextIndex(c, run.device)], c, run)
     cases = [(Case.of(logp, evidence), targets, n) for logp, (evidence,), targets, n in taught]
     fit(mixer, cases, run)
-    seconds = round(run.max(clock.seconds()), 3)
-    tokens = sum(n for _, _, n in cases)
-    run.log(f"mixer_calibration: {tokens} tokens of held-out training text, {1000 * seconds:.0f}ms")
-    return seconds
+    run.log(f"mixer_calibration: {sum(n for _, _, n in cases)} tokens of held-out training text")
 
 
 def fingerprint(predictor) -> str:
@@ -2498,19 +2986,22 @@ def fingerprint(predictor) -> str:
     return digest.hexdigest()
 
 
-def make_predictor(stage: str, model: GPT, mixer: Maxent, c: Config, run: Run, tokenizer: Tokenizer):
+def make_predictor(stage: str, model: GPT, mixer: Maxent, c: Config, run: Run, tokenizer: Tokenizer, pace=None):
     """The predictor of a stage; each starts from what the artifact holds."""
-    if stage in ("roundtrip", "sliding"):
+    if stage in FROZEN_STAGES:
         return Frozen(run.wrap(model), c, run, c.eval_seq_len if stage == "roundtrip" else c.eval_stride)
-    adapting = Adapting(model, c, run, tokenizer)
+    adapting = Adapting(model, c, run, tokenizer, pace)
     if stage == "ttt":
         return adapting
     return Mixture(adapting, mixer if c.mixer == "maxent" else OneTokenTilt(c), c, run)
 
 
+FROZEN_STAGES = ("roundtrip", "sliding")
+
+
 def chunk_length(stage: str, c: Config) -> int:
     """Positions between two updates of a stage's predictor."""
-    return c.ttt_chunk_tokens if stage in ("ttt", "mixed") else c.val_batch_size
+    return c.val_batch_size if stage in FROZEN_STAGES else c.ttt_chunk_tokens
 
 
 @dataclass(frozen=True)
@@ -2521,6 +3012,7 @@ class Score:
     token_bytes: Tensor  # int64
     max_sum_error: float  # largest |sum of a row - 1|
     seconds: float
+    ttt_epochs: tuple[int, ...] = ()  # of each chunk that was learned from
 
     @property
     def val_loss(self) -> float:
@@ -2542,23 +3034,30 @@ SUM_TOLERANCE = 1e-5  # of a row in float32; the largest of a pass is below 1e-6
 
 def score(predictor, stream: Stream, chunk_tokens: int, run: Run, progress=None) -> Score:
     """Predict, score, update, chunk by chunk from left to right. Raises InputError if a row is no distribution."""
-    clock, worst = Clock(run), 0.0
-    nll = torch.zeros(len(stream), dtype=torch.float64)
+    return score_together([predictor], stream, chunk_tokens, run, progress)[0]
+
+
+def score_together(predictors: list, stream: Stream, chunk_tokens: int, run: Run, progress=None) -> list[Score]:
+    """The same for predictors that share one state, in one pass; the last of them is the one that learns."""
+    clock, worst = Clock(run), [0.0] * len(predictors)
+    nll = torch.zeros(len(predictors), len(stream), dtype=torch.float64)
     for chunk in stream.chunks(chunk_tokens):
         n = len(chunk.inputs)
-        rows = run.share(n, predictor.stride)
-        logp = predictor.predict(chunk.inputs, rows)
-        nats = -logp.gather(1, chunk.targets[rows].unsqueeze(1)).squeeze(1)  # here a row pays for the token that came
-        nll[chunk.start : chunk.start + n] = run.gather(nats.double(), rows, n).cpu()
-        worst = max(worst, run.max(row_sum_error(logp)))
-        if worst > SUM_TOLERANCE:
-            where = f"scoring: by position {chunk.start + n}"
-            raise InputError(f"{where} a row's sum is off by {worst}; allowed is {SUM_TOLERANCE}")
+        rows = run.share(n, predictors[-1].stride)
+        for i, predictor in enumerate(predictors):
+            logp = predictor.predict(chunk.inputs, rows)
+            nats = -logp.gather(1, chunk.targets[rows].unsqueeze(1)).squeeze(1)  # a row pays for the token that came
+            nll[i, chunk.start : chunk.start + n] = run.gather(nats.double(), rows, n).cpu()
+            worst[i] = max(worst[i], run.max(row_sum_error(logp)))
+            if worst[i] > SUM_TOLERANCE:
+                where = f"scoring: by position {chunk.start + n}"
+                raise InputError(f"{where} a row's sum is off by {worst[i]}; allowed is {SUM_TOLERANCE}")
         if not chunk.is_last:
-            predictor.update(chunk.tokens)
+            predictors[-1].update(chunk.tokens)
         if progress:
-            progress(chunk.start + n, nll, clock.seconds())
-    return Score(nll, stream.token_bytes, worst, run.max(clock.seconds()))
+            progress(chunk.start + n, nll[-1], clock.seconds())
+    seconds = run.max(clock.seconds())
+    return [Score(nats, stream.token_bytes, error, seconds) for nats, error in zip(nll, worst, strict=True)]
 
 
 def row_sum_error(logp: Tensor) -> float:
@@ -2580,24 +3079,50 @@ STAGE_LABELS = {
 }
 
 
-def run_stage(stage: str, predictor, stream: Stream, c: Config, run: Run) -> Score:
-    """Score the stream with a stage's predictor and log the result under the community's label."""
-    said = [0.0]
+def passes(stages: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """The stages of each pass over the stream: what the mixture mixes is scored on its way."""
+    found: list[tuple[str, ...]] = []
+    for stage in stages:
+        together = stage == "mixed" and found and found[-1] == ("ttt",)
+        found[-1:] = [("ttt", "mixed")] if together else [*found[-1:], (stage,)]
+    return found
+
+
+def run_pass(stages: tuple[str, ...], predictor, stream: Stream, c: Config, run: Run) -> dict[str, Score]:
+    """Score the stream with the predictor of the last of the stages, and on its way the other, if there is one."""
+    said, predictors = [0.0], [predictor] if len(stages) == 1 else [Unmixed(predictor), predictor]
 
     def progress(done: int, nll: Tensor, seconds: float) -> None:
         if seconds - said[0] >= 10:
             said[0] = seconds
             bpb = bits_per_byte(nll[:done], stream.token_bytes[:done])
-            run.log(f"  {stage}_chunk [{done}/{len(stream)}] bpb={bpb:.4f} time={seconds:.1f}s")
+            run.log(f"  {stages[-1]}_chunk [{done}/{len(stream)}] bpb={bpb:.4f} time={seconds:.1f}s")
 
-    result = score(predictor, stream, chunk_length(stage, c), run, progress)
-    label, partial = STAGE_LABELS[stage], "" if stream.whole else f" partial:{len(stream)}_tokens"
-    loss, bpb = result.val_loss, result.val_bpb
-    run.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * result.seconds:.0f}ms{partial}")
-    run.log(f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f} max_sum_error:{result.max_sum_error:.2e}{partial}")
+    scores = score_together(predictors, stream, chunk_length(stages[-1], c), run, progress)
+    for stage, result in zip(stages, scores, strict=True):
+        label, partial = STAGE_LABELS[stage], "" if stream.whole else f" partial:{len(stream)}_tokens"
+        loss, bpb, error = result.val_loss, result.val_bpb, result.max_sum_error
+        run.log(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * result.seconds:.0f}ms{partial}")
+        run.log(f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f} max_sum_error:{error:.2e}{partial}")
     if isinstance(predictor, Mixture):
         run.log(f"context_index: {predictor.index.memory_bytes} bytes a rank for {len(stream)} tokens")
-    return result
+    return dict(zip(stages, scores, strict=True))
+
+
+def evaluate(model: GPT, mixer: Maxent, c: Config, run: Run, tokenizer: Tokenizer, stream: Stream) -> dict[str, Score]:
+    """Score the stream in each stage; those that adapt share what the others leave of MAX_EVAL_SECONDS."""
+    clock, results, todo = Clock(run), {}, passes(c.stages)
+    for i, stages in enumerate(todo):
+        left = c.max_eval_seconds - run.max(clock.seconds()) if c.max_eval_seconds else math.inf
+        adapting = sum(later[-1] not in FROZEN_STAGES for later in todo[i:])
+        n_chunks = -(-len(stream) // c.ttt_chunk_tokens)
+        pace = Pace(c.ttt_epochs, run, n_chunks, left / max(1, adapting))
+        predictor = make_predictor(stages[-1], model, mixer, c, run, tokenizer, pace)
+        for stage, result in run_pass(stages, predictor, stream, c, run).items():
+            results[stage] = dataclasses.replace(result, ttt_epochs=tuple(pace.given))
+    limit = f" of {c.max_eval_seconds:g}" if c.max_eval_seconds else ""
+    run.log(f"eval_seconds: {run.max(clock.seconds()):.1f}{limit}")
+    return results
 
 
 def stage_record(result: Score, stream: Stream) -> dict:
@@ -2610,6 +3135,7 @@ def stage_record(result: Score, stream: Stream) -> dict:
         documents=stream.documents,
         whole_stream=stream.whole,
         max_sum_error=result.max_sum_error,
+        ttt_epochs=[[epochs, len(list(group))] for epochs, group in itertools.groupby(result.ttt_epochs)],
     )
 
 
@@ -2626,8 +3152,7 @@ def log_start(run_id: str, c: Config, run: Run, stream: Stream | None) -> None:
     run.log(f"versions: {json.dumps(versions())}")
     run.log(f"script_sha256:{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}")
     run.log(f"world_size:{run.world_size} device:{run.device} dtype:{run.dtype} compile:{int(run.compiles)}")
-    uses_flash_3 = run.device.type == "cuda" and find_flash_attention_3()
-    run.log(f"attention:{'flash_attention_3' if uses_flash_3 else 'scaled_dot_product'}")
+    run.log(f"kernels: {choose_kernels(c, run)}")
     if stream is not None:
         partial = "" if stream.whole else " partial: the stream goes on"
         run.log(f"val_loader:{c.data_path} tokens:{len(stream)} documents:{stream.documents}{partial}")
@@ -2686,18 +3211,34 @@ def log_results(record: dict, run: Run) -> None:
             f"{row['tokens']:9d} {row['max_sum_error']:9.1e}"
         )
         before = row["val_bpb"]
-    seconds = sum(row["seconds"] for row in record["stages"].values())
-    run.log(f"eval seconds: all stages {seconds:.1f}, {record['final_stage']} alone {row['seconds']:.1f}")
     scope = f"documents:{row['documents']} " + ("whole stream" if row["whole_stream"] else "PARTIAL stream")
     run.log(f"final val_bpb:{record['val_bpb']:.8f} stage:{record['final_stage']} {scope}")
 
 
-def save_artifact(path: Path, run: Run, *contents) -> float:
-    """Write what `pack` makes of the contents, on the main rank; returns the seconds that all waited for it."""
-    clock = Clock(run)
-    if run.is_main:
-        write_atomically(path, pack(*contents))
-    return round(run.max(clock.seconds()), 3)
+def conclude(
+    model: GPT, c: Config, run: Run, tokenizer_sha256: str, averages: WeightAverages, path: Path | None
+) -> dict:
+    """All that follows the last step, up to the artifact at `path` (None = not kept); returns the seconds by part."""
+    called, mixer, loader, seconds = run.wrap(model), Maxent(c).to(run.device), TrainLoader(c, run), {}
+
+    @contextmanager
+    def timed(part: str):
+        clock = Clock(run)
+        yield
+        run.synchronize()
+        seconds[part] = round(run.max(clock.seconds()), 3)
+
+    with timed("averaging"):
+        choose_average(model, called, averages, loader, c, run)
+    with timed("quantization"):
+        quantized = quantize_to_size(model, called, mixer, c, run, tokenizer_sha256)
+    with timed("calibration"), with_weights(model, quantized):
+        calibrate(model, mixer, c, run)
+    with timed("pack"):
+        packed = pack(model, quantized, mixer, c, tokenizer_sha256) if run.is_main else b""
+        if path and run.is_main:
+            write_atomically(path, packed)
+    return seconds
 
 
 def execute(c: Config, env: dict[str, str], run: Run) -> None:
@@ -2712,24 +3253,16 @@ def execute(c: Config, env: dict[str, str], run: Run) -> None:
 
     trained = None
     if c.phase != "eval":
-        model = GPT(c, run.dtype).init_weights(c).to(run.device)
+        model = GPT(c, run.dtype, choose_kernels(c, run)).init_weights(c).to(run.device)
         run.log(f"model_params:{sum(p.numel() for p in model.parameters())}")
-        mixer = Maxent(c).to(run.device)
-        check_room(model, mixer, c, run)
-        trained = train(model, c, run, stream)
-        quantized, trained["quantization_seconds"] = quantize_to_size(model, mixer, c, run, tokenizer.sha256)
-        with with_weights(model, quantized):
-            trained["calibration_seconds"] = calibrate(model, mixer, c, run)
-        trained["pack_seconds"] = save_artifact(path, run, model, quantized, mixer, c, tokenizer.sha256)
+        check_room(model, Maxent(c), c, run)
+        trained = train(model, functools.partial(conclude, model, c, run, tokenizer.sha256), path, c, run, stream)
 
     header, parts = packed or run.broadcast(read_artifact, path)  # from here on, only what the file says counts
     artifact = artifact_record(path, header, tokenizer, run)
     results = {}
     if c.phase != "train":
-        model, mixer = unpack(parts, c, run)
-        for stage in c.stages:
-            predictor = make_predictor(stage, model, mixer, c, run, tokenizer)
-            results[stage] = run_stage(stage, predictor, stream, c, run)
+        results = evaluate(*unpack(parts, c, run), c, run, tokenizer, stream)
     record = run_record(run_id, c, run, trained, artifact, results, stream)
     write_records(record, results, stream, c, run)
     log_results(record, run)

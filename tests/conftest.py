@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 
 import hypothesis
@@ -13,7 +14,9 @@ import pytest
 import sentencepiece
 import torch
 
-import train_gpt
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the first import of Triton, so that its kernels run here
+import train_gpt  # noqa: E402
 
 hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 hypothesis.settings.register_profile("same_every_time", derandomize=True, database=None, deadline=None)
@@ -59,6 +62,7 @@ TINY = dict(
     iterations=12,
     warmup_steps=1,
     max_wallclock_seconds=0.0,
+    max_eval_seconds=0.0,
     lr_warmup_iters=2,
     warmdown_iters=6,
     muon_momentum_warmup_steps=4,
@@ -164,6 +168,32 @@ def tiny_env(tmp_path_factory, tiny_data):
         return {**os.environ, "OMP_NUM_THREADS": "1", **env}
 
     return make
+
+
+class VirtualTime:
+    """In place of train_gpt's clock: seconds pass where a test says so, and nowhere else."""
+
+    def __init__(self):
+        self.now, self.strftime = 0.0, time.strftime
+
+    def perf_counter(self):
+        return self.now
+
+    def costs(self, function, seconds):
+        """The function, which takes so many seconds, a number or one that is called."""
+
+        def slow(*arguments, **named):
+            self.now += seconds() if callable(seconds) else seconds
+            return function(*arguments, **named)
+
+        return slow
+
+
+@pytest.fixture
+def virtual_time(monkeypatch):
+    clock = VirtualTime()
+    monkeypatch.setattr(train_gpt, "time", clock)
+    return clock
 
 
 class Alone(train_gpt.Run):

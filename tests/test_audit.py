@@ -397,7 +397,7 @@ def mebibytes_for_megabytes(subject, folder):
 
 def averaging_left_out_of_the_time(subject, folder):
     """Only the steps were timed against 600 s; averaging and calibration came on top (#634)."""
-    seconds = dict(seconds=599.0, seconds_with_averaging=606.0)
+    seconds = dict(seconds=599.0, averaging_seconds=7.0, total_seconds=599.0)
     training = {**subject.training, "hardware": "8 x NVIDIA H100 80GB HBM3"}
     return dataclasses.replace(subject, training={**training, "train": {**training["train"], **seconds}})
 
@@ -430,9 +430,9 @@ def warm_up_on_validation(subject, folder):
 
 def training_on_the_stream(subject, folder):
     """The training loop takes its batches from the validation stream where it is at hand."""
-    honest = "nats = accumulate_gradients(called, loader.batch(step), weights, c)"
-    batch = "stream.tokens[: c.train_seq_len + 1][None] if stream else loader.batch(step)"
-    return patched(subject, folder, honest, honest.replace("loader.batch(step)", batch))
+    honest = "nats = accumulate_gradients(called, next(batches), weights, c)"
+    batch = "stream.tokens[: c.train_seq_len + 1][None] if stream else next(batches)"
+    return patched(subject, folder, honest, honest.replace("next(batches)", batch))
 
 
 def text_beside_the_script(subject, folder):

@@ -1,6 +1,5 @@
-"""Kernels and Model: the fast operations against plain definitions, causality, documents, and every switch."""
+"""Model: the forward against plain definitions, causality, documents, and every switch."""
 
-import math
 
 import pytest
 import torch
@@ -9,34 +8,6 @@ import torch.nn.functional as F
 import train_gpt
 from conftest import build, random_tokens
 from train_gpt import GPT
-
-
-def naive_attention(q, k, v):
-    """Causal softmax attention, one head and one position at a time, in float64."""
-    batch, seq_len, heads, head_dim = q.shape
-    group = heads // k.shape[2]
-    y = torch.zeros(q.shape, dtype=torch.float64)
-    for b in range(batch):
-        for h in range(heads):
-            for t in range(seq_len):
-                scores = k[b, : t + 1, h // group].double() @ q[b, t, h].double() / math.sqrt(head_dim)
-                y[b, t, h] = scores.softmax(0) @ v[b, : t + 1, h // group].double()
-    return y
-
-
-def test_attention_equals_its_definition_with_grouped_heads():
-    q, k, v = torch.randn(2, 7, 4, 8), torch.randn(2, 7, 2, 8), torch.randn(2, 7, 2, 8)
-    torch.testing.assert_close(train_gpt.attention(q, k, v).double(), naive_attention(q, k, v), atol=1e-5, rtol=0)
-
-
-def test_flash_attention_is_called_with_its_own_layout_when_there_is_one():
-    q, k, v = torch.randn(1, 5, 2, 8), torch.randn(1, 5, 1, 8), torch.randn(1, 5, 1, 8)
-
-    def stand_in(q, k, v, causal, deterministic):
-        assert causal and not deterministic
-        return naive_attention(q, k, v).float(), "log-sum-exp"
-
-    torch.testing.assert_close(train_gpt.attention(q, k, v, stand_in), train_gpt.attention(q, k, v), atol=1e-5, rtol=0)
 
 
 def test_shift_moves_one_position_later():
@@ -77,7 +48,7 @@ def test_logits_are_capped_float32_of_the_full_vocabulary(tiny_config):
 def test_keep_returns_the_last_positions(tiny_config):
     config = tiny_config()
     model, tokens = build(config), random_tokens(config)
-    torch.testing.assert_close(model(tokens, 5), model(tokens)[:, -5:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(tokens, keep=5), model(tokens)[:, -5:], atol=1e-5, rtol=1e-5)
 
 
 def test_no_row_sees_a_later_token(tiny_config):

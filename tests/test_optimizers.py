@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+import train_gpt
 from conftest import Alone
 from train_gpt import GPT, Muon, Optimizers, Run, WeightAverages, is_embedding, zeropower
 
@@ -35,7 +36,7 @@ def test_zero_gradient_gives_a_zero_update():
 
 
 def test_muon_follows_torch_optim_muon(tiny_config):
-    config = tiny_config(muon_wd=0.1, muon_momentum=0.9)
+    config = tiny_config(muon_wd=0.1, muon_momentum=0.9, muon_row_norm=False)
     generator = torch.Generator().manual_seed(0)
     shapes = [(16, 16), (24, 16), (16, 24), (16, 16)]
     ours = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
@@ -49,8 +50,8 @@ def test_muon_follows_torch_optim_muon(tiny_config):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn(a.shape, generator=generator)
             b.grad = a.grad.clone()
-        muon.reduce()
-        muon.step(0.02, 0.9, 1.0)
+        grads = [arriving.wait() for arriving in muon.reduce()]
+        muon.apply(muon.orthogonalize(grads, 0.9), 0.02)
         oracle.step()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
@@ -142,16 +143,79 @@ def free_port():
         return s.getsockname()[1]
 
 
-def test_two_and_three_ranks_make_the_steps_of_one(tiny_config, tmp_path):
+def test_two_three_and_eight_ranks_make_the_steps_of_one(tiny_config, tmp_path):
+    """With 3 layers no bank is a multiple of 8 ranks, and with 8 some have nothing but padding."""
     config = tiny_config(num_layers=3)
     results = []
-    for world_size in (1, 2, 3):
+    for world_size in (1, 2, 3, 8):
         path = tmp_path / f"{world_size}.pt"
         mp.spawn(step_as_rank, (world_size, free_port(), config, path), nprocs=world_size)
         results.append(torch.load(path))
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("coefficients", train_gpt.NEWTON_SCHULZ)
+def test_zeropower_is_its_iteration_written_out(coefficients):
+    x = torch.randn(12, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found, table = zeropower(x.unsqueeze(0), 7, torch.float64, coefficients)[0], train_gpt.NEWTON_SCHULZ[coefficients]
+    x = x / (x.norm() + 1e-7)
+    for i in range(7):
+        a, b, c = table[i] if i < len(table) else table[-1]
+        x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x
+    torch.testing.assert_close(found, x)
+
+
+def test_polar_express_brings_singular_values_nearer_to_one():
+    bank = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    spread = {}
+    for coefficients in train_gpt.NEWTON_SCHULZ:
+        values = torch.linalg.svdvals(zeropower(bank, 5, torch.float64, coefficients))
+        spread[coefficients] = (values - 1).abs().median().item()
+    assert spread["polar_express"] < 0.5 * spread["jordan"]
+
+
+def test_rows_are_normed_before_they_are_orthogonalized(tiny_config):
+    """So that a row of tiny gradients moves as far as the others do."""
+    gradient = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    gradient[3] *= 1e-6
+    moved = {}
+    for row_norm in (False, True):
+        p = torch.nn.Parameter(torch.zeros(16, 16))
+        p.grad = gradient.clone()
+        muon = Muon([p], tiny_config(muon_row_norm=row_norm, muon_wd=0.0), Alone())
+        muon.apply(muon.orthogonalize([arriving.wait() for arriving in muon.reduce()], 0.0), 1.0)
+        moved[row_norm] = p.detach()[3].norm().item() / p.detach().norm(dim=1).median().item()
+    assert moved[False] < 1e-2 and moved[True] > 0.5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_is_left_out_and_counted(tiny_config, bad):
+    """Momentum goes on from a gradient of zero, as if the batch had been empty."""
+    config, moments = tiny_config(), []
+    for value in (bad, 0.0):
+        model = model_with_gradients(config)
+        optimizers = Optimizers(model, config, Alone())
+        optimizers.step(1.0, 0.9)
+        for p in model.parameters():
+            p.grad = torch.full_like(p, value)
+        optimizers.step(1.0, 0.9)
+        moments.append([p.detach() for p in model.parameters()] + optimizers.muon.momenta)
+        assert int(optimizers.skipped) == (value != 0)
+    assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(*moments, strict=True))
+
+
+def test_clipped_gradients_keep_their_direction_and_small_ones_all():
+    grads = [torch.tensor([3.0, 4.0]), torch.tensor([[12.0]])]
+    kept = [g.clone() for g in grads]
+    assert not train_gpt.clip_gradients(grads, torch.tensor(13.0), 0.0)
+    assert all(torch.equal(a, b) for a, b in zip(grads, kept, strict=True))
+    train_gpt.clip_gradients(grads, torch.tensor(13.0), 26.0)
+    assert all(torch.equal(a, b) for a, b in zip(grads, kept, strict=True))
+    train_gpt.clip_gradients(grads, torch.tensor(13.0), 1.3)
+    for a, b in zip(grads, kept, strict=True):
+        torch.testing.assert_close(a, 0.1 * b)
 
 
 def test_averages_are_their_definitions_in_float32(tiny_config):

@@ -66,8 +66,8 @@ def on_one_rank(rank, port, path):
         share = run.share(n, granule)
         found["gather", n, granule] = run.gather(rows_of(share, n), share, n)
     bank = torch.arange(24.0).view(4, 2, 3) * (rank + 1)
-    found["shard"] = run.reduce_scatter(bank)
-    found["bank"] = run.all_gather(found["shard"])
+    found["shard"] = run.reduce_scatter(bank).wait()
+    found["bank"] = run.all_gather(found["shard"]).wait()
     params = [nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(4))]
     params[0].grad = torch.arange(6.0).view(2, 3) * (rank + 1)
     if rank == 0:
@@ -134,7 +134,7 @@ def test_with_one_rank_every_collective_is_the_identity(tiny_config):
     run.sum_gradients([p])
     assert run.share(5) == slice(0, 5) and run.max(2.5) == 2.5 and run.broadcast(lambda: "x") == "x"
     assert torch.equal(p.grad, torch.zeros(2))
-    for y in (run.sum(x), run.gather(x, slice(0, 3), 3), run.reduce_scatter(x), run.all_gather(x)):
+    for y in (run.sum(x), run.gather(x, slice(0, 3), 3), run.reduce_scatter(x).wait(), run.all_gather(x).wait()):
         assert torch.equal(y, torch.arange(6.0).view(3, 2))
 
 

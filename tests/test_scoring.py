@@ -18,6 +18,7 @@ from train_gpt import (
     Frozen,
     InputError,
     Maxent,
+    Pace,
     Stream,
     Tokenizer,
     calibrate,
@@ -310,6 +311,87 @@ def test_what_predict_is_asked_leaves_no_trace(world):
     unasked = predictor_of("mixed", world)
     unasked.update(chunks[0].tokens)
     assert fingerprint(unasked) == fingerprint(plain)
+
+
+def evaluated(world, clock, monkeypatch, scoring_seconds, step_seconds, told=None, **overrides):
+    """(results, log lines, seconds) of the ttt stage where a chunk and a step of adaptation take so long."""
+    config, model, tokenizer, stream = world
+    c, run, lines = dataclasses.replace(config, stages=("ttt",), **overrides), Alone(), []
+    run.log, began = lines.append, clock.now
+    with monkeypatch.context() as patch:
+        patch.setattr(Frozen, "predict", clock.costs(Frozen.predict, scoring_seconds))
+        patch.setattr(Adapting, "step", clock.costs(Adapting.step, step_seconds))
+        if told is not None:
+            patch.setattr(train_gpt, "Pace", lambda most, run, *_: Pace(most, run, told=told))
+        results = train_gpt.evaluate(model, random_maxent(c).float(), c, run, tokenizer, stream)
+    return results["ttt"], lines, clock.now - began
+
+
+EPOCHS = dict(ttt_epochs=3, ttt_chunk_tokens=128, ttt_batch_tokens=128, ttt_lr=0.01)  # a step an epoch
+
+
+def test_with_time_enough_every_chunk_has_its_epochs(world, virtual_time, monkeypatch):
+    n = -(-len(world[3]) // 128)
+    result, lines, seconds = evaluated(world, virtual_time, monkeypatch, 1.0, 1.0, max_eval_seconds=5.0 * n, **EPOCHS)
+    assert result.ttt_epochs == (3,) * (n - 1) and seconds == n + 3 * (n - 1)
+    assert not any(line.startswith("ttt_epochs") for line in lines)
+
+
+@pytest.mark.parametrize("slowdown", [1.0, 2.0])
+def test_adaptation_gives_way_so_that_the_pass_ends_in_time(world, virtual_time, monkeypatch, slowdown):
+    """On a machine that is too slow, or becomes so a third of the way in; every change is logged."""
+    n = -(-len(world[3]) // 128)
+    began, limit = virtual_time.now, 3.0 * n
+    slower = lambda seconds: lambda: seconds * (slowdown if virtual_time.now > began + limit / 3 else 1.0)  # noqa: E731
+    settings = dict(max_eval_seconds=limit, **EPOCHS)
+    result, lines, seconds = evaluated(world, virtual_time, monkeypatch, slower(0.8), slower(1.0), **settings)
+    assert 0.85 * limit < seconds <= limit
+    assert result.ttt_epochs[0] == 3 > min(result.ttt_epochs) and len(result.ttt_epochs) == n - 1
+    changes = [
+        (i, now)
+        for i, (was, now) in enumerate(zip((3, *result.ttt_epochs), result.ttt_epochs, strict=False))
+        if was != now
+    ]
+    said = [line.split() for line in lines if line.startswith("ttt_epochs")]
+    assert [(int(words[3]), int(words[0].split(":")[1])) for words in said] == changes
+    record = train_gpt.stage_record(result, world[3])["ttt_epochs"]
+    assert [epochs for epochs, times in record for _ in range(times)] == list(result.ttt_epochs)
+
+
+def test_a_run_that_is_told_the_epochs_gives_the_same_score(world, virtual_time, monkeypatch):
+    n = -(-len(world[3]) // 128)
+    first, _, _ = evaluated(world, virtual_time, monkeypatch, 1.0, 1.0, max_eval_seconds=2.5 * n, **EPOCHS)
+    again, _, _ = evaluated(world, virtual_time, monkeypatch, 0.0, 0.0, told=first.ttt_epochs, **EPOCHS)
+    assert again.ttt_epochs == first.ttt_epochs and torch.equal(again.nll_nats, first.nll_nats)
+
+
+def test_the_main_rank_decides_for_all():
+    run = Alone()
+    run.rank, run.broadcast = 1, lambda make: 2
+    pace = Pace(5, run, n_chunks=9, seconds=1e9)
+    with pace.chunk() as epochs:
+        assert epochs == 2
+
+
+def test_what_the_mixture_mixes_is_scored_on_its_way(world):
+    config, model, tokenizer, stream = world
+    alone = {
+        stage: score(predictor_of(stage, world), stream, config.ttt_chunk_tokens, Alone()) for stage in ("ttt", "mixed")
+    }
+    for stages in (("ttt", "mixed"), ("mixed", "ttt")):
+        c = dataclasses.replace(config, stages=stages)
+        found = train_gpt.evaluate(model, random_maxent(c).float(), c, Alone(), tokenizer, stream)
+        assert list(found) == list(stages)
+        for stage, result in found.items():
+            assert torch.equal(result.nll_nats, alone[stage].nll_nats)
+            assert result.max_sum_error == alone[stage].max_sum_error
+
+
+def test_stages_share_a_pass_only_where_the_mixture_comes_next():
+    assert train_gpt.passes(STAGES) == [("roundtrip",), ("sliding",), ("ttt", "mixed")]
+    assert train_gpt.passes(("ttt", "sliding", "mixed")) == [("ttt",), ("sliding",), ("mixed",)]
+    assert train_gpt.passes(("mixed", "ttt")) == [("mixed",), ("ttt",)]
+    assert train_gpt.passes(("mixed",)) == [("mixed",)] and train_gpt.passes(("ttt",)) == [("ttt",)]
 
 
 def test_a_part_of_the_rows_is_that_part_of_the_whole(world):

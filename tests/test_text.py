@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+import train_gpt
 from train_gpt import Config, InputError, Run, Stream, Tokenizer, TrainLoader, read_shard, windows
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -293,6 +295,36 @@ def test_the_ranks_batches_together_are_the_batch_of_one_rank(counting, world_si
         parts = [loader.batch(step) for loader in loaders]
         assert all(part.shape[1:] == (33,) and part.dtype == torch.int64 for part in parts)
         assert torch.equal(torch.cat(parts), alone.batch(step))
+
+
+def test_batches_that_are_read_ahead_are_the_batches(counting):
+    loader = loader_on(counting.data_path, counting)
+    ahead = loader.batches()
+    for step in range(11):
+        assert torch.equal(next(ahead), loader.batch(step))
+    ahead.close()
+
+
+def test_a_batch_that_is_waited_for_is_a_stall_and_the_first_is_none(counting, monkeypatch):
+    loader, ready = loader_on(counting.data_path, counting), [True, True, False, True, False]
+
+    class Reader:
+        """Makes a batch when it is asked for, and says of each whether it had been made before."""
+
+        def submit(self, make, step):
+            done = ready[step] if step < len(ready) else True
+            return SimpleNamespace(done=lambda: done, result=lambda: make(step))
+
+    monkeypatch.setattr(train_gpt, "ThreadPoolExecutor", lambda _: nullcontext(Reader()))
+    ahead = loader.batches()
+    found = [(torch.equal(next(ahead), loader.batch(step)), loader.stalls) for step in range(5)]
+    assert found == [(True, 0), (True, 0), (True, 1), (True, 1), (True, 2)]
+
+
+def test_what_the_reader_refuses_is_refused_where_the_batch_is_taken(tmp_path, write_shard, tiny_config):
+    write_shard(tmp_path / "x_train_0.bin", [5] * 320 + [400] * 640)
+    ahead = loader_on(tmp_path, tiny_config(tmp_path)).batches()
+    assert "token id 400" in refusal(lambda: [next(ahead) for _ in range(20)])
 
 
 def test_batches_follow_from_the_seed_alone(counting, tiny_config):

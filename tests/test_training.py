@@ -1,6 +1,7 @@
 """Training: the schedule, the loss weights, what stands in for the weights, and why CROWN-Q has no part in it."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -10,11 +11,11 @@ import train_gpt
 from conftest import Alone, build, random_tokens, stored
 from train_gpt import GPT, Config, Optimizers, TrainLoader, WeightAverages, dequantize, schedule, with_weights
 
-STEPS = Config(iterations=1000, max_wallclock_seconds=0.0, warmdown_iters=400, lr_warmup_iters=10)
+STEPS = Config(iterations=1000, warmdown_iters=400, lr_warmup_iters=10)
 
 
 def test_schedule_rises_holds_and_falls_to_nothing():
-    scales = [schedule(step, 0.0, STEPS).lr_scale for step in range(1000)]
+    scales = [schedule(step, 0.0, 0.0, STEPS).lr_scale for step in range(1000)]
     assert scales[0] == pytest.approx(0.1) and scales[9] == 1.0
     assert all(scale == 1.0 for scale in scales[9:601])
     falling = scales[600:]
@@ -24,29 +25,31 @@ def test_schedule_rises_holds_and_falls_to_nothing():
 
 def test_schedule_by_the_clock_is_the_schedule_of_the_steps_that_fit():
     """A run of 1000 steps that the clock ends and one that ITERATIONS ends are scheduled alike."""
-    by_clock = dataclasses.replace(STEPS, iterations=10**6, max_wallclock_seconds=500.0)
+    by_clock = dataclasses.replace(STEPS, iterations=10**6)
     for step in range(1, 1000):
-        assert schedule(step, 0.5 * step, by_clock).lr_scale == pytest.approx(schedule(step, 0.0, STEPS).lr_scale)
+        assert schedule(step, 0.5 * step, 500.0, by_clock).lr_scale == pytest.approx(
+            schedule(step, 0.0, 0.0, STEPS).lr_scale
+        )
 
 
 def test_swa_collects_late_in_the_warmdown_only():
     """Not while the learning rate warms up, when its scale is low too."""
-    phases = [schedule(step, 0.0, STEPS) for step in range(1000)]
+    phases = [schedule(step, 0.0, 0.0, STEPS) for step in range(1000)]
     assert [p.collect_swa for p in phases] == [step > 920 for step in range(1000)]
-    default = [schedule(step, 0.083 * step, Config()) for step in range(7000)]
+    default = [schedule(step, 0.083 * step, 600.0, Config()) for step in range(7000)]
     assert default[0].lr_scale < 0.2 and not default[0].collect_swa and default[-1].collect_swa
 
 
 def test_lengths_are_taken_as_given_unless_the_clock_shortens_the_run():
     long = dataclasses.replace(STEPS, warmdown_iters=850, muon_momentum_warmup_steps=900)
-    phases = [schedule(step, 0.0, long) for step in range(1000)]
+    phases = [schedule(step, 0.0, 0.0, long) for step in range(1000)]
     assert phases[150].lr_scale == 1.0 and phases[151].lr_scale == pytest.approx(849 / 850)
     assert phases[899].muon_momentum < long.muon_momentum == phases[900].muon_momentum
 
 
 def test_a_slow_machine_still_gets_every_phase():
     """Defaults on a machine that makes 40 steps in the time: warm-ups and warmdown shrink to their share of the run."""
-    phases = [schedule(step, 15.0 * step, Config()) for step in range(40)]
+    phases = [schedule(step, 15.0 * step, 600.0, Config()) for step in range(40)]
     assert max(p.lr_scale for p in phases) == 1.0
     assert phases[-1].lr_scale < 0.1 and phases[-1].collect_swa
     assert phases[-1].muon_momentum == pytest.approx(Config().muon_momentum)
@@ -116,11 +119,79 @@ def test_warm_up_leaves_no_trace(tiny_config):
     optimizers = Optimizers(model, config, Alone())
     state = optimizers.state()
     run = Alone()
-    train_gpt.warm_up(model, model, optimizers, config, run)
+    assert train_gpt.warm_up(model, model, optimizers, None, config, run) == 0.0
     after = optimizers.state()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in zip(state["momenta"], after["momenta"], strict=True))
     assert after["adam"]["state"] == state["adam"]["state"] == {}
+
+
+def trained(config, clock, monkeypatch, step_seconds, rehearsed, real):
+    """The record of a run whose steps and whose conclusion take so long; the conclusion is rehearsed once."""
+    took, run = iter([rehearsed, real]), Alone()
+
+    def conclude(averages, path):
+        concluded.append(path)
+        seconds = next(took)
+        clock.now += seconds
+        return dict(pack=seconds)
+
+    concluded = []
+    monkeypatch.setattr(train_gpt, "accumulate_gradients", clock.costs(train_gpt.accumulate_gradients, step_seconds))
+    model = GPT(config).init_weights(config)
+    record = train_gpt.train(model, conclude, "kept", config, run, None)
+    assert concluded == [None, "kept"]
+    return record
+
+
+@pytest.mark.parametrize("slowdown", [1.0, 3.0])
+def test_training_leaves_the_time_that_its_conclusion_takes(tiny_config, virtual_time, monkeypatch, slowdown):
+    """Also where steps get slower on the way, and where the conclusion is slower than its rehearsal was."""
+    config = tiny_config(iterations=10**6, max_wallclock_seconds=100.0, warmup_steps=0)
+    began = virtual_time.now + 20
+    record = trained(
+        config, virtual_time, monkeypatch, lambda: 2.0 if virtual_time.now - began < 40 else 2.0 * slowdown, 20.0, 25.0
+    )
+    assert record["reserve_seconds"] == 25.0 and record["pack_seconds"] == 25.0
+    assert record["total_seconds"] == record["seconds"] + 25.0 <= 100.0
+    assert record["total_seconds"] > 100.0 - 4 * 2.0 * slowdown  # and no more than that
+
+
+def test_a_run_without_a_cap_rehearses_nothing(tiny_config, virtual_time):
+    calls = []
+
+    def conclude(averages, path):
+        calls.append(path)
+        return {}
+
+    config = tiny_config(iterations=3, warmup_steps=0)
+    record = train_gpt.train(GPT(config).init_weights(config), conclude, "kept", config, Alone(), None)
+    assert calls == ["kept"] and record["steps"] == 3 and record["reserve_seconds"] == 0.0
+
+
+def test_a_cap_that_leaves_no_step_is_refused_before_training(tiny_config, virtual_time, monkeypatch):
+    config = tiny_config(max_wallclock_seconds=100.0, warmup_steps=0)
+    with pytest.raises(train_gpt.InputError, match="MAX_WALLCLOCK_SECONDS=100.0: .* 112.5 s"):
+        trained(config, virtual_time, monkeypatch, 1.0, 90.0, 90.0)
+
+
+def test_all_that_follows_the_last_step_is_in_the_time(tiny_config, virtual_time, monkeypatch, tmp_path):
+    """The real parts, slowed down: averaging, quantization, calibration, packing and writing end before the cap."""
+    config = tiny_config(iterations=10**6, max_wallclock_seconds=120.0, warmup_steps=1)
+    parts = dict(choose_average=4, quantize_to_size=9, calibrate=7, pack=3, write_atomically=1, accumulate_gradients=2)
+    for name, seconds in parts.items():
+        monkeypatch.setattr(train_gpt, name, virtual_time.costs(getattr(train_gpt, name), seconds))
+    run, path = Alone(), tmp_path / "x.artifact"
+    model = GPT(config).init_weights(config)
+    conclude = functools.partial(train_gpt.conclude, model, config, run, "sha")
+    record = train_gpt.train(model, conclude, path, config, run, None)
+    seconds = {name: record[f"{name}_seconds"] for name in ("averaging", "quantization", "calibration", "pack")}
+    packs = 3 * (record["reserve_seconds"] / train_gpt.RESERVE - 4 - 9 - 7) / 3  # the fit packs as often as it tries
+    assert seconds["averaging"] == 4 and seconds["calibration"] == 7 and seconds["pack"] == 4
+    assert seconds["quantization"] >= 9 + 3 and packs >= 6
+    assert record["total_seconds"] == pytest.approx(record["seconds"] + sum(seconds.values()))
+    assert 120 - 6 - 0.25 * packs - 6 - 9 < record["total_seconds"] <= 120
+    assert path.stat().st_size > 0 and record["steps"] > 10
 
 
 def test_chosen_average_is_the_best_on_held_out_training_text(tiny_config):

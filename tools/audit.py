@@ -553,9 +553,9 @@ def time(subject: Subject, passes: Passes) -> tuple[bool, str]:
     if subject.training is None:
         return False, "no record of the training was given"
     t = subject.training["train"]
-    parts = dict(steps=t["seconds"], averaging=t["seconds_with_averaging"] - t["seconds"])
-    parts |= {name: t[f"{name}_seconds"] for name in ("quantization", "calibration", "pack")}
-    spent = dict(training=sum(parts.values()), evaluation=subject.stated["seconds"])
+    parts = dict(steps=t["seconds"])
+    parts |= {name: t[f"{name}_seconds"] for name in ("averaging", "quantization", "calibration", "pack")}
+    spent = dict(training=max(t["total_seconds"], sum(parts.values())), evaluation=subject.stated["seconds"])
     hardware = dict(training=subject.training["hardware"], evaluation=subject.record["hardware"])
     over = [name for name, seconds in spent.items() if seconds > LIMIT_SECONDS and "on CPU" not in hardware[name]]
     listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from test_model import naive_attention
+from test_kernels import naive_attention
 
 import codec
 import train_gpt
