@@ -63,7 +63,7 @@ def arguments(folder, data):
 class Changed:
     """The honest predictor with its rows changed by `rows_of`; `learn` sees each scored chunk."""
 
-    def __init__(self, stage, model, mixer, c, run, tokenizer):
+    def __init__(self, stage, model, mixer, c, run, tokenizer, pace=None):
         self.honest = train_gpt.make_predictor(stage, model, mixer, c, run, tokenizer)
         self.stride, self.c, self.tokenizer = self.honest.stride, c, tokenizer
         self.pairs = torch.zeros(c.vocab_size, c.vocab_size)
@@ -174,7 +174,7 @@ class TrainsBeforePredicting(Changed):
         return logp
 
 
-def mixture_weights_of_each_rank(stage, model, mixer, c, run, tokenizer):
+def mixture_weights_of_each_rank(stage, model, mixer, c, run, tokenizer, pace=None):
     """Each rank takes its mixer's step on its own rows only (#700)."""
     predictor = train_gpt.make_predictor(stage, model, mixer, c, run, tokenizer)
     predictor.fitter.run = copy.copy(run)
@@ -193,7 +193,7 @@ class CacheOfEachRank(Mixture):
         self.neural.update(tokens)
 
 
-def cache_of_each_rank(stage, model, mixer, c, run, tokenizer):
+def cache_of_each_rank(stage, model, mixer, c, run, tokenizer, pace=None):
     """Each rank's n-gram cache takes in only what that rank has scored (#803)."""
     honest = train_gpt.make_predictor(stage, model, mixer, c, run, tokenizer)
     return CacheOfEachRank(honest.neural, mixer, c, run)
@@ -522,6 +522,17 @@ def test_an_honest_run_passes_every_check(honest_run, tiny_data, tmp_path):
     assert len(re.findall(r"^PASS  ", done.stdout, re.MULTILINE)) == len(audit.CHECKS)
     checks = json.loads(report.read_text())["checks"]
     assert list(checks) == list(audit.CHECKS) and all(check["passed"] for check in checks.values())
+
+
+def test_epochs_that_the_clock_lowered_are_taken_from_the_record(subject):
+    """The run of a slow machine is watched and decoded with the epochs that it had, and the check says so."""
+    record = copy.deepcopy(subject.record)
+    record["stages"]["mixed"]["ttt_epochs"] = [[subject.c.ttt_epochs, 1], [1, 2]]
+    lowered = dataclasses.replace(subject, record=record)
+    expected = f"{subject.c.ttt_epochs}*1,1*2"
+    assert subject.epochs == "" and lowered.epochs == expected
+    assert lowered.predictor(lowered.run).neural.pace.told == (subject.c.ttt_epochs, 1, 1)
+    assert audit.settings(lowered, None)[1].endswith(f"the clock lowered its epochs: {expected}")
 
 
 def test_a_run_at_smoke_size_passes_every_check(tmp_path):

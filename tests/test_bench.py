@@ -6,10 +6,12 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 import train_gpt
@@ -24,6 +26,32 @@ def start(*arguments, env=os.environ):
     command = [sys.executable, str(ROOT / "tools" / "bench.py"), *map(str, arguments)]
     env = {**env, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+
+
+class Listening(Alone):
+    """A run alone that keeps what it logs."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def log(self, text):
+        self.lines.append(text)
+
+
+@pytest.fixture
+def said(tiny_env, tiny_data, monkeypatch):
+    """said(command, *options, **settings) -> the lines that the command logs, on the tiny data and in this process."""
+
+    def said(command, *options, **settings):
+        for name, value in tiny_env(**settings).items():
+            monkeypatch.setenv(name, value)
+        args = bench.arguments([command, "--data", str(tiny_data), *map(str, options)])
+        run = Listening()
+        bench.COMMANDS[command][2](args, run)
+        return run.lines
+
+    return said
 
 
 @pytest.fixture(scope="module")
@@ -229,13 +257,226 @@ def test_a_gap_between_two_points_lies_on_a_line_in_its_logarithm():
     assert bench.gap_at(found, 99, 1.0) is None and bench.gap_at(found, 201, 1.0) is None
 
 
-def test_what_cannot_be_used_is_refused_in_one_line(tiny_data, tmp_path):
+def test_model_flops_are_those_that_are_counted_but_for_the_future(tiny_config):
+    """The counter sees the whole square of attention, and nothing else that model_flops does not."""
+    for overrides in (dict(), dict(tie_embeddings=False, bigram_vocab_size=0, ve_layers=(), mlp_mult=3.0)):
+        c = tiny_config(**overrides)
+        model, tokens = build(c), torch.randint(4, c.vocab_size, (3, c.train_seq_len + 1))
+        with FlopCounterMode(display=False) as counter:
+            model(tokens[:, :-1], tokens[:, 1:]).sum().backward()
+        future = 3 * 2 * 2 * (c.train_seq_len - 1) / 2 * c.model_dim * c.num_layers
+        assert counter.get_total_flops() == 3 * c.train_seq_len * (bench.model_flops(model, c) + future)
+
+
+def figures(pattern, lines):
+    """The numbers in the one line that matches."""
+    (found,) = filter(None, (re.fullmatch(pattern, line) for line in lines))
+    return [float(x) for x in found.groups()]
+
+
+def test_train_prints_the_step_its_parts_and_what_follows_from_them(said, tmp_path, tiny_config):
+    c, table = tiny_config(), tmp_path / "profile.txt"
+    options = ("--steps", 3, "--warmup", 1, "--profile", table)
+    lines = said("train", *options, "--peak-tflops", 0.5)
+    assert (
+        lines[0].startswith("# ") and "attention:" in lines[0] and "world size 1: 3 training steps of 256" in lines[0]
+    )
+    ms, least, most, _ = figures(r"step: median (.+) ms, min (.+), max (.+), spread (.+)%", lines)
+    assert least <= ms <= most
+    assert [line.split(":")[0].strip() for line in lines[2:6]] == list(bench.Stepper.PARTS)
+    rate, a_device = figures(r"tokens/s: (\d+), (\d+) a device", lines)
+    assert rate == a_device == pytest.approx(1000 * c.batch_tokens / ms, rel=0.01)
+    flops, tflops, share = figures(r"model FLOPs: (.+) a token, (.+) TFLOP/s a device, (.+)% of a peak of 0.5", lines)
+    assert flops == pytest.approx(bench.model_flops(train_gpt.GPT(c), c), rel=1e-5)
+    assert tflops == pytest.approx(flops * rate / 1e12, rel=0.01) and share == pytest.approx(200 * tflops, abs=0.06)
+    assert figures(r"loader stalls: (\d) in (\d) steps", lines)[1] == 4
+    assert not any("projection" in line or "memory" in line for line in lines)
+    rows = [re.fullmatch(r" +([\d.]+) +([\d.]+)% +([\d.]+)  \S.*", line) for line in table.read_text().splitlines()[1:]]
+    times, shares, calls = zip(*(map(float, row.groups()) for row in rows), strict=True)
+    assert len(rows) == 10 and list(times) == sorted(times, reverse=True) and sum(shares) < 101 and min(calls) > 0
+    with pytest.raises(train_gpt.InputError, match="exists"):
+        said("train", *options)
+
+
+def test_train_needs_a_peak_for_a_utilization_and_runs_on_two_ranks(tiny_env, tiny_data):
+    script = ROOT / "tools" / "bench.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    options = ["train", "--data", str(tiny_data), "--steps", "2", "--warmup", "1"]
+    done = subprocess.run([*command, *options], env=tiny_env(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "world size 2" in lines[0] and not any("peak" in line for line in lines)
+    rate, a_device = figures(r"tokens/s: (\d+), (\d+) a device", lines)
+    assert a_device == pytest.approx(rate / 2, abs=1)
+
+
+def test_the_projection_divides_the_passes_and_nothing_else():
+    run, parts = Listening(), {"batch": 9.0, "forward and backward": 80.0, "optimizer": 3.0, "averages": 2.0}
+    assert "15.00 ms a step, 40000 steps in 600 s (a projection, not a measurement" in bench.projection(parts, run)
+    run.world_size = 4
+    assert "45.00 ms a step" in bench.projection(parts, run)
+
+
+LOOKS_AROUND = """
+import os, torch
+from flash_attn_interface import flash_attn_func
+
+data = os.environ["DATA_PATH"]
+names = ["fineweb_train_000000.bin", "fineweb_train_000001.bin", "fineweb_val_000000.bin", "tokenizer.model"]
+assert [name for name in sorted(os.listdir(data)) if name.endswith((".bin", ".model"))] == names
+assert os.environ["TOKENIZER_PATH"] == os.path.join(data, "tokenizer.model")
+assert "EVAL_STRIDE" not in os.environ and os.environ["MODEL_DIM"] == "32"
+q, k, v = (torch.randn(2, 5, heads, 8) for heads in (4, 2, 2))
+mixed = flash_attn_func(q, k, v, causal=True)
+assert mixed.shape == q.shape
+torch.testing.assert_close(mixed[:, 0], v[:, 0].repeat_interleave(2, 1))
+"""
+SAYS_STEPS = """
+import os, time
+pair, last = int(os.environ["RUN_ID"][-1]), int(os.environ["ITERATIONS"])
+print(f"step:0/{last} val_loss:6.9 val_bpb:4.1 train_time:0ms step_avg:0.01ms")
+for step in range(1, last + 1):
+    if step <= 10 or step % int(os.environ["TRAIN_LOG_EVERY"]) == 0:
+        ms = 500 + MS * step if step > 5 else 100 * step
+        print(f"step:{step}/{last} train_loss:{9 - step / 10:.4f} train_time:{ms:.0f}ms step_avg:{ms / step:.2f}ms")
+time.sleep(1000)
+"""
+
+
+def test_a_peer_and_ours_are_told_apart_by_their_own_lines(said, tmp_path, monkeypatch):
+    """Two scripts that say what their steps take: what is printed is that, and both are stopped after their last."""
+    peer, ours = tmp_path / "peer.py", tmp_path / "ours.py"
+    peer.write_text(LOOKS_AROUND + SAYS_STEPS.replace("MS", "(30 + 10 * pair)"))
+    ours.write_text(SAYS_STEPS.replace("MS", "20"))
+    monkeypatch.setattr(train_gpt, "__file__", str(ours))
+    lines = said("train", "--peer", peer, "--steps", 20, "--warmup", 7)
+    assert "2 pairs" in lines[0] and "30 steps of 256 tokens" in lines[0] and "both scripts run PyTorch's" in lines[1]
+    assert [line.split() for line in lines[3:7]] == [
+        ["0", "peer", "30.00", "0.0%", "8533", "6.0000"],
+        ["0", "ours", "20.00", "0.0%", "12800", "6.0000"],
+        ["1", "peer", "40.00", "0.0%", "6400", "6.0000"],
+        ["1", "ours", "20.00", "0.0%", "12800", "6.0000"],
+    ]
+    assert lines[7] == "tokens/s, ours over peer: 1.7500 (1.5000 to 2.0000 over 2 pairs)"
+
+
+def test_the_script_is_a_peer_of_itself(said):
+    """In a shape that goes with the defaults of all that a peer is not told."""
+    shape = dict(num_layers=11, ve_layers=(9, 10), model_dim=64, rope_dims=16)
+    lines = said("train", "--peer", ROOT / "train_gpt.py", "--steps", 2, "--warmup", 1, "--pairs", 1, **shape)
+    rows = [line.split() for line in lines if line.startswith("0 ")]
+    assert [row[1] for row in rows] == ["peer", "ours"]
+    assert all(float(ms) > 0 and 0 < float(loss) < 7 for _, _, ms, _, _, loss in rows)
+
+
+def test_step_times_are_of_what_is_behind_the_warm_up():
+    def logged(*steps):
+        return [(step, 1.0, 1000 + 7 * step + 50 * (step <= 5)) for step in steps]
+
+    assert bench.step_times(logged(1, 2, 3, 4, 5, 10, 20, 30), 5) == [7, 7]
+    assert bench.step_times(logged(*range(1, 11), 20, 30, 40), 20) == [7, 7]
+    assert bench.step_times(logged(1, 2, 3), 1) == [7, 7] and len(bench.step_times(logged(1, 2, 3, 4), 2)) == 2
+
+
+def test_a_peer_that_ends_early_is_named_with_its_last_words(said, tmp_path):
+    peer = tmp_path / "broken.py"
+    peer.write_text("import sys\nprint('step:1/3 train_loss:5.0 train_time:9ms')\nsys.exit('no such luck')\n")
+    with pytest.raises(train_gpt.InputError, match="broken.py: ended before it logged step 3: no such luck"):
+        said("train", "--peer", peer, "--steps", 2, "--warmup", 1)
+
+
+def test_data_counts_its_stalls(said, monkeypatch):
+    lines = said("data", "--rate", "20000", "--seconds", "0.1")
+    assert lines[0].startswith("# ")
+    middle, least, _, n = figures(
+        r"host_batch: median (.+) M tok.*slowest batch (.+), spread (.+)% over (\d+) batches", lines
+    )
+    assert 0 < least <= middle and n > 0
+    stalls, batches = figures(r"stalls: (\d+) of (\d+) batches at 0.0 M tokens/s", lines)
+    assert 0 <= stalls <= batches <= 9  # of 256 tokens each
+    assert (figures(r"waited: (.+) s for them", lines)[0] > 0) <= (stalls > 0)
+    slow = train_gpt.TrainLoader.host_batch
+    monkeypatch.setattr(train_gpt.TrainLoader, "host_batch", lambda self, i: (time.sleep(0.05), slow(self, i))[1])
+    lines = said("data", "--rate", "1e6", "--seconds", "0.4")
+    assert figures(r"stalls: (\d+) of \d+ batches at 1.0 M tokens/s", lines)[0] > 0
+    assert figures(r"waited: (.+) s for them", lines)[0] > 0
+
+
+@pytest.fixture
+def predictor_of(artifact, tiny_config):
+    """predictor_of(stage, **settings) -> val_bpb of the first 600 tokens, by the script's own functions."""
+
+    def bpb(stage, **settings):
+        c = tiny_config(phase="eval", artifact_path=str(artifact), val_tokens=600, **settings)
+        model, mixer = train_gpt.unpack(train_gpt.read_artifact(artifact)[1], c, Alone())
+        tokenizer = Tokenizer(c)
+        stream = train_gpt.Stream(c, torch.device("cpu"), tokenizer)
+        predictor = train_gpt.make_predictor(stage, model, mixer, c, Alone(), tokenizer)
+        return train_gpt.score(predictor, stream, train_gpt.chunk_length(stage, c), Alone()).val_bpb
+
+    return bpb
+
+
+def test_score_agrees_with_the_script_at_every_context_and_stride(said, artifact, predictor_of):
+    options = ("--artifact", artifact, "--val-tokens", 600)
+    lines = said("score", *options, "--contexts", "16,64", "--strides", "8,32")
+    assert "PARTIAL: first 600 tokens" in lines[0]
+    rows = [line.split() for line in lines[2:]]
+    assert [row[:3] for row in rows] == [["16", "8", "2.00"], ["64", "32", "2.00"], ["64", "8", "8.00"]]
+    for context, stride, forward, bpb, rate, forward_rate in rows:
+        expected = predictor_of("sliding", eval_seq_len=int(context), eval_stride=int(stride))
+        assert bpb == f"{expected:.5f}"
+        assert float(forward_rate) == pytest.approx(float(forward) * float(rate), abs=5)
+    assert [line.split()[:2] for line in said("score", *options)[2:]] == [["32", "8"]]
+    with pytest.raises(train_gpt.InputError, match="--strides"):
+        said("score", *options, "--strides", "64")
+
+
+def test_default_strides_are_halves_and_the_artifacts_own(tiny_config):
+    c = tiny_config(eval_seq_len=512, eval_stride=16)
+    found = [(row.eval_seq_len, row.eval_stride) for row in bench.window_settings(c, [512, 100], [])]
+    assert found == [(512, 512), (512, 256), (512, 128), (512, 64), (512, 16), (100, 100), (100, 16)]
+
+
+@pytest.mark.parametrize("stage", ["ttt", "mixed"])
+def test_ttt_agrees_with_the_script_and_marks_what_no_cheaper_row_beats(said, artifact, predictor_of, stage):
+    options = ("--strides", "32,8", "--epochs", "0,2") if stage == "ttt" else ("--strides", "16", "--epochs", "1")
+    lines = said("ttt", "--artifact", artifact, "--val-tokens", 600, "--stage", stage, *options)
+    rows = [line.replace("*", "").split() for line in lines[2:]]
+    costs, bpbs = ([float(row[i]) for row in rows] for i in (2, 3))
+    if stage == "ttt":
+        assert [row[:3] for row in rows] == [
+            ["32", "0", "1.00"],
+            ["8", "0", "4.00"],
+            ["32", "2", "7.00"],
+            ["8", "2", "10.00"],
+        ]
+        assert rows[1][3] == f"{predictor_of('sliding'):.5f}"
+    for stride, epochs, _, bpb, *seconds in rows:
+        assert bpb == f"{predictor_of(stage, eval_stride=int(stride), ttt_epochs=int(epochs)):.5f}"
+        whole, scoring, learning, _ = map(float, seconds)
+        assert whole == pytest.approx(scoring + learning, abs=0.11)
+    best = [
+        not any(c < cost and b < bpb for c, b in zip(costs, bpbs, strict=True))
+        for cost, bpb in zip(costs, bpbs, strict=True)
+    ]
+    assert ["*" in line for line in lines[2:]] == best
+
+
+def test_what_cannot_be_used_is_refused_in_one_line(tiny_data, tmp_path, monkeypatch, capsys):
     for arguments in (
         ("mixer", "--data", tiny_data, "--millions", "99"),
         ("mixer", "--data", tmp_path),
         ("mixer", "--data", tiny_data, "--orders", "2,3"),
         ("mixer", "--data", tiny_data, "--vocab-size", 257),
         ("worth", "--artifact", tmp_path / "none", "--data", tiny_data),
+        ("train", "--data", tmp_path),
+        ("train", "--data", tiny_data, "--peer", tmp_path / "none"),
+        ("data", "--data", tmp_path),
+        ("score", "--artifact", tmp_path / "none", "--data", tiny_data),
     ):
-        done = start(*arguments)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+        monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, arguments)])
+        assert bench.main() == 2, arguments
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and len(said.splitlines()) == 1
+    assert start("mixer", "--data", tmp_path).returncode == 2

@@ -118,6 +118,24 @@ def test_a_number_of_tokens_that_cannot_be_is_refused(data):
         codec.from_varint(data)
 
 
+def test_a_run_that_lowered_its_epochs_is_decoded_with_those(world):
+    c, _, _, tokens = world
+    assert codec.epochs_by_chunk("1*1,0*2") == (1, 0, 0) and codec.epochs_by_chunk("") == ()
+
+    def told(epochs):
+        predictor = predictor_of(world)
+        predictor.neural.pace.told = epochs
+        return predictor
+
+    data = codec.encode(told((1, 0)), tokens.clone(), 128)
+    assert torch.equal(codec.decode(told((1, 0)), data, c.bos_id, 128, torch.device("cpu")), tokens)
+    with pytest.raises(InputError, match="encoded file"):
+        codec.decode(told(()), data, c.bos_id, 128, torch.device("cpu"))
+    for text in ("1", "1*x", "-1*2"):
+        with pytest.raises(InputError, match="--epochs="):
+            codec.epochs_by_chunk(text)
+
+
 def start(*arguments, **env):
     command = [sys.executable, str(ROOT / "tools" / "codec.py"), *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}

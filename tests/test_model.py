@@ -1,6 +1,5 @@
 """Model: the forward against plain definitions, causality, documents, and every switch."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -73,8 +73,16 @@ class Subject:
     score: Callable = train_gpt.score
 
     def predictor(self, run: Run):
-        """A new predictor of the stage, as the run made it."""
-        return self.make_predictor(self.stage, self.model, self.mixer, self.c, run, self.tokenizer)
+        """A new predictor of the stage, as the run made it; where that had to lower its epochs, with those."""
+        pace = train_gpt.Pace(self.c.ttt_epochs, run, told=codec.epochs_by_chunk(self.epochs))
+        return self.make_predictor(self.stage, self.model, self.mixer, self.c, run, self.tokenizer, pace)
+
+    @property
+    def epochs(self) -> str:
+        """Those that the run gave its chunks, as codec takes them; "" where it gave all that was set."""
+        given = [] if self.chunks else self.stated.get("ttt_epochs", [])
+        lowered = any(epochs != self.c.ttt_epochs for epochs, _ in given)
+        return ",".join(f"{epochs}*{times}" for epochs, times in given) if lowered else ""
 
     @property
     def stated(self) -> dict:
@@ -315,7 +323,9 @@ def settings(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """The run predicted as its artifact says, with no setting of the environment in between."""
     kept, config = subject.kept["score"], subject.record["config"]
     other = [f"{name.upper()}={config[name]} for {value}" for name, value in kept.items() if config[name] != value]
-    return not other, f"{len(kept)} settings of scoring in the artifact; in the run {', '.join(other) or 'the same'}"
+    lowered = f"; the clock lowered its epochs: {subject.epochs}" if subject.epochs else ""
+    figure = f"{len(kept)} settings of scoring in the artifact; in the run {', '.join(other) or 'the same'}{lowered}"
+    return not other, figure
 
 
 def claim(subject: Subject, passes: Passes) -> tuple[bool, str]:
@@ -579,6 +589,7 @@ def decoded(subject: Subject, passes: Passes) -> tuple[bool, str]:
         shutil.copy(tokenizer_path(c), Path(folder, "tokenizer.model"))
         shutil.copy(subject.script, Path(folder, "train_gpt.py"))
         named = ("--artifact", "x.artifact", "--tokenizer", "tokenizer.model", "--file", "text.bits", "--out", "text")
+        named += ("--epochs", subject.epochs)
         env = dict(STAGES=subject.stage, DEVICE=c.device, DTYPE=c.dtype, MICRO_BATCH_TOKENS=str(c.micro_batch_tokens))
         env |= dict(TTT_CHUNK_TOKENS=str(c.ttt_chunk_tokens)) if subject.chunks else {}
         status, said = in_a_folder_of_its_own(folder, Path(codec.__file__), "decode", *named, **env)

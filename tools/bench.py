@@ -3,18 +3,31 @@
 python tools/bench.py mixer --data D              # the index and the mixture alone: tokens/s and bytes by length
 python tools/bench.py worth --artifact A --data D  # what each mixer and each source of evidence gains
 PRESET=cpu python tools/bench.py artifact --weights W.npz --data D  # bytes against loss: levels, coders, allocations
+python tools/bench.py train --data D              # the training step and its parts: ms, tokens/s, FLOP utilization
+python tools/bench.py train --data D --peer PATH  # the same of another script of the family and of this one, in turns
+python tools/bench.py data --data D               # the loader alone: tokens/s, and stalls at a steady rate
+python tools/bench.py score --artifact A --data D  # sliding windows: bits per byte and tokens/s by context and stride
+python tools/bench.py ttt --artifact A --data D   # adaptation: bits per byte and tokens/s by stride and epochs
+
+The last five read their settings from the environment too and, but for --peer, also run under torchrun.
 """
 
 from __future__ import annotations
 
 import argparse
 import bz2
+import contextlib
 import copy
 import dataclasses
 import io
+import itertools
 import os
 import re
+import signal
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -41,6 +54,62 @@ from train_gpt import (
     Sensitivity,
     dequantize,
 )
+
+# ======================================================================================================================
+# What the rooms below share: settings, first lines, figures.
+# ======================================================================================================================
+
+
+def from_environment(args) -> Config:
+    """The settings in force, with the data that the command names. Raises InputError."""
+    return Config.from_env({**os.environ, "DATA_PATH": args.data})
+
+
+def open_artifact(args, env: dict[str, str]) -> tuple[Config, dict[str, bytes], train_gpt.Tokenizer]:
+    """Settings, parts and tokenizer of the artifact and the data that the command names. Raises InputError."""
+    given = dict(PHASE="eval", ARTIFACT_PATH=args.artifact, DATA_PATH=args.data, VAL_TOKENS=str(args.val_tokens))
+    env = {**env, **given}
+    header, parts = train_gpt.read_artifact(args.artifact)
+    c = train_gpt.as_packed(Config.from_env(env), header, env)
+    tokenizer = train_gpt.Tokenizer(c)
+    train_gpt.check_tokenizer(header, tokenizer, args.artifact)
+    return c, parts, tokenizer
+
+
+def headline(measured: str, c: Config, run: Run) -> None:
+    """What was measured, and on what."""
+    place = f"{run.hardware()}, torch {torch.__version__}, {str(run.dtype).removeprefix('torch.')}"
+    run.log(f"# {place}, {train_gpt.choose_kernels(c, run)}, world size {run.world_size}: {measured}")
+
+
+def extent(args, stream: train_gpt.Stream) -> str:
+    """Which text is scored, and how much of it."""
+    part = "whole stream" if stream.whole else f"PARTIAL: first {len(stream)} tokens"
+    return f"{Path(args.data).name}, {stream.documents} documents, {part}"
+
+
+def spread(values: list[float]) -> float:
+    """From the 10th to the 90th percentile, in medians."""
+    low, middle, high = np.percentile(values, (10, 50, 90))
+    return (high - low) / middle
+
+
+def at_least(kind: type, least):
+    """An argument's type: a number with a lower bound."""
+
+    def number(text: str):
+        value = kind(text)
+        if not value >= least:
+            raise argparse.ArgumentTypeError(f"{text}: allowed is {least} or more")
+        return value
+
+    return number
+
+
+def whole_numbers(text: str) -> list[int]:
+    """An argument's type: whole numbers with commas."""
+    return [int(part) for part in text.split(",") if part]
+
 
 # ======================================================================================================================
 # mixer: how fast the index and the mixture are, and how large, as the stream grows.
@@ -473,11 +542,8 @@ def bench_worth(args, run: Run) -> None:
     """The table, for one artifact and one stream, by one process on the CPU. Raises InputError."""
     if run.world_size > 1:
         raise InputError(f"nproc_per_node={run.world_size}: allowed is 1 for worth")
-    env = dict(PHASE="eval", ARTIFACT_PATH=args.artifact, DATA_PATH=args.data, VAL_TOKENS=str(args.val_tokens))
-    header, parts = train_gpt.read_artifact(args.artifact)
-    c = train_gpt.as_packed(Config.from_env(env), header, env)
+    c, parts, tokenizer = open_artifact(args, {})
     c = dataclasses.replace(c, mixer_calibration_tokens=args.lesson_tokens)
-    tokenizer = train_gpt.Tokenizer(c)
     stream = train_gpt.Stream(c, run.device, tokenizer)
     model, fitted = train_gpt.unpack(parts, c, run)
     neural = train_gpt.make_predictor(args.stage, model, fitted, c, run, tokenizer)
@@ -518,9 +584,7 @@ def bench_worth(args, run: Run) -> None:
 
 def report(nats: dict[str, Tensor], stream, args, run: Run) -> None:
     """Bits per byte of every row of the table and its change from the neural rows, over all and along the stream."""
-    part = "whole stream" if stream.whole else f"PARTIAL: first {len(stream)} tokens"
-    names = f"{Path(args.artifact).name} on {Path(args.data).name}"
-    run.log(f"# {names}, {stream.documents} documents, {part}, stage {args.stage}")
+    run.log(f"# {Path(args.artifact).name} on {extent(args, stream)}, stage {args.stage}")
     run.log(f"{'mixer':<36} {'val_bpb':>8} {'change':>8}  first third  last third")
     third, base = len(stream) // 3, nats.pop("neural")
     for name, x in [("neural", base), *sorted(nats.items(), key=lambda item: -item[1].sum())]:
@@ -694,8 +758,13 @@ def load_or_train(model, path: Path, c: Config, run: Run, stream) -> None:
     """
     if path.suffix != ".npz":
         raise InputError(f"--weights={path}: allowed is a name that ends in .npz")
+
+    def choose(averages: train_gpt.WeightAverages, _) -> dict:
+        train_gpt.choose_average(model, run.wrap(model), averages, train_gpt.TrainLoader(c, run), c, run)
+        return {}
+
     if not path.exists():
-        train_gpt.train(model.init_weights(c), c, run, stream)
+        train_gpt.train(model.init_weights(c), choose, None, c, run, stream)
         file = io.BytesIO()
         np.savez(file, **{name: p.detach().cpu().numpy() for name, p in model.named_parameters()})
         train_gpt.write_atomically(path, file.getvalue())
@@ -889,10 +958,9 @@ def plot(subject: Subject, found: list[Point], path: Path) -> None:
 
 def bench_artifact(args, run: Run) -> None:
     """All tables, and the plot if one is asked for."""
-    c = dataclasses.replace(Config.from_env(dict(os.environ)), data_path=args.data, val_tokens=args.val_tokens)
+    c = dataclasses.replace(from_environment(args), val_tokens=args.val_tokens)
     subject = Subject(args, c, run)
-    part = "whole stream" if subject.stream.whole else f"PARTIAL: first {len(subject.stream)} tokens"
-    run.log(f"# {Path(args.weights).name} on {Path(args.data).name}, {subject.stream.documents} documents, {part}")
+    run.log(f"# {Path(args.weights).name} on {extent(args, subject.stream)}")
     floats = f"held-out {subject.held_out:.5f} nats a token, val_bpb {subject.val_bpb:.5f}"
     run.log(f"# {subject.n_weights} quantized weights; float: {floats}")
     share = subject.share_at_floor()
@@ -915,52 +983,590 @@ def bench_artifact(args, run: Run) -> None:
         plot(subject, found, Path(args.plot))
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    mixer = commands.add_parser("mixer", help="tokens per second and memory of the index and the mixture")
-    mixer.add_argument("--data", required=True, metavar="DIR", help="shards; the training ones are read")
-    mixer.add_argument(
+# ======================================================================================================================
+# train: the training step as train() takes it, and its parts.
+# ======================================================================================================================
+
+DENSE_BF16_TFLOPS = 989.0  # of an H100 or H200 SXM, by its datasheet
+PROFILED_STEPS, PROFILED_NAMES = 3, 10
+
+
+def model_flops(model: train_gpt.GPT, c: Config) -> float:
+    """FLOPs of a forward and backward pass, per token of a training sequence.
+
+    Two for each weight of a linear map and twice that backward; a table that is looked up has none, unless it is also
+    the head. A token attends to (T + 1) / 2 positions on average, in two products.
+    """
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    weights += model.tok_emb.weight.numel() if c.tie_embeddings else 0
+    attention = 2 * 2 * (c.train_seq_len + 1) / 2 * c.model_dim * c.num_layers  # MODEL_DIM is heads times head_dim
+    return 3 * (2 * weights + attention)
+
+
+class Stepper:
+    """Takes training steps at the full rate, as in the middle of a run."""
+
+    PARTS = ("batch", "forward and backward", "optimizer", "averages")
+
+    def __init__(self, c: Config, run: Run):
+        self.c, self.run, self.steps = c, run, 0
+        self.model = train_gpt.GPT(c, run.dtype, train_gpt.choose_kernels(c, run)).init_weights(c).to(run.device)
+        self.called, self.optimizers = run.wrap(self.model), train_gpt.Optimizers(self.model, c, run)
+        self.averages, self.loader = train_gpt.WeightAverages(self.model, c), train_gpt.TrainLoader(c, run)
+        self.batches = self.loader.batches()
+
+    def mark(self) -> float | torch.cuda.Event:
+        """This point in the device's work."""
+        if self.run.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def step(self) -> list:
+        """One step; the marks before, between and behind its PARTS."""
+        marks = [self.mark()]
+        batch = next(self.batches)
+        marks.append(self.mark())
+        train_gpt.accumulate_gradients(self.called, batch, None, self.c)
+        marks.append(self.mark())
+        self.optimizers.step(1.0, self.c.muon_momentum)
+        marks.append(self.mark())
+        self.averages.update(self.steps, late=False)
+        marks.append(self.mark())
+        self.run.follow()
+        self.steps += 1
+        return marks
+
+    def timed(self) -> list[float]:
+        """Milliseconds of one step, the device waited for on both sides, and of each of its PARTS."""
+        self.run.synchronize()
+        began = time.perf_counter()
+        marks = self.step()
+        self.run.synchronize()
+        whole = self.run.max(1000 * (time.perf_counter() - began))
+        return [whole, *itertools.starmap(milliseconds, itertools.pairwise(marks))]
+
+
+def milliseconds(first, last) -> float:
+    """Between two marks that the device has passed."""
+    return first.elapsed_time(last) if isinstance(first, torch.cuda.Event) else 1000 * (last - first)
+
+
+def bench_train(args, run: Run) -> None:
+    """The step in this process, or whole processes of a peer and of the script in turns."""
+    if args.peer:
+        return bench_peer(args, run)
+    if args.profile and Path(args.profile).exists():
+        raise InputError(f"--profile={args.profile}: exists and would be overwritten; choose another name")
+    c = from_environment(args)
+    headline(f"{args.steps} training steps of {c.batch_tokens} tokens after {args.warmup} untimed ones", c, run)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of the choice of kernels
+    stepper = Stepper(c, run)
+    for _ in range(args.warmup):
+        stepper.step()
+    report_steps([stepper.timed() for _ in range(args.steps)], stepper, args.peak_tflops, run)
+    if args.profile:
+        table = profile(stepper, run)
+        if run.is_main:
+            train_gpt.write_atomically(Path(args.profile), "".join(f"{line}\n" for line in table).encode())
+    stepper.batches.close()
+
+
+def report_steps(times: list[list[float]], stepper: Stepper, peak_tflops: float | None, run: Run) -> None:
+    """The figures of some timed steps."""
+    c, on_cuda = stepper.c, run.device.type == "cuda"
+    steps, *parts = zip(*times, strict=True)
+    step_ms, part_ms = statistics.median(steps), dict(zip(stepper.PARTS, map(statistics.median, parts), strict=True))
+    run.log(f"step: median {step_ms:.2f} ms, min {min(steps):.2f}, max {max(steps):.2f}, spread {spread(steps):.1%}")
+    for part, ms in part_ms.items():
+        run.log(f"  {part}: median {ms:.2f} ms")
+    rate = 1000 * c.batch_tokens / step_ms
+    run.log(f"tokens/s: {rate:.0f}, {rate / run.world_size:.0f} a device")
+    flops = model_flops(stepper.model, c)
+    tflops, peak = flops * rate / run.world_size / 1e12, peak_tflops or (DENSE_BF16_TFLOPS if on_cuda else None)
+    share = f", {tflops / peak:.1%} of a peak of {peak:g}" if peak else ""
+    run.log(f"model FLOPs: {flops:.6g} a token, {tflops:.4g} TFLOP/s a device{share}")
+    run.log(f"loader stalls: {stepper.loader.stalls} in {stepper.steps} steps")
+    if on_cuda:
+        run.log(f"peak memory: {run.max(torch.cuda.max_memory_allocated()) / 2**20:.0f} MiB allocated on a device")
+        run.log(projection(part_ms, run))
+
+
+def projection(part_ms: dict[str, float], run: Run) -> str:
+    """What eight devices would make of it."""
+    shared = part_ms["forward and backward"] * run.world_size / 8
+    ms = shared + part_ms["optimizer"] + part_ms["averages"]
+    assumed = "assumes that forward and backward divide evenly, that the rest stays and that nothing waits for messages"
+    return (
+        f"projection for 8 such devices: {ms:.2f} ms a step, {600_000 / ms:.0f} steps in 600 s "
+        f"(a projection, not a measurement: {assumed})"
+    )
+
+
+def profile(stepper: Stepper, run: Run) -> list[str]:
+    """The kernels (CUDA) or operators (CPU) with the most time of their own in a few more steps: a table."""
+    on_cuda = run.device.type == "cuda"
+    kind, time_of = ("CUDA", "self_device_time_total") if on_cuda else ("CPU", "self_cpu_time_total")
+    with torch.profiler.profile(activities=[getattr(torch.profiler.ProfilerActivity, kind)]) as profiler:
+        for _ in range(PROFILED_STEPS):
+            stepper.step()
+        run.synchronize()
+    events = [e for e in profiler.key_averages() if e.device_type.name == kind and not e.is_user_annotation]
+    total = sum(getattr(e, time_of) for e in events)
+    table = [f"{'ms a step':>12} {'share':>7} {'calls a step':>12}  {'kernel' if on_cuda else 'operator'}"]
+    for e in sorted(events, key=lambda e: -getattr(e, time_of))[:PROFILED_NAMES]:
+        microseconds = getattr(e, time_of)
+        calls = e.count / PROFILED_STEPS
+        table.append(f"{microseconds / 1000 / PROFILED_STEPS:12.3f} {microseconds / total:7.1%} {calls:12.1f}  {e.key}")
+    return table
+
+
+# ======================================================================================================================
+# train --peer: another script of the family and ours, each a whole process, on the same shards and settings.
+# ======================================================================================================================
+
+LOG_EVERY, LOGGED_FIRST = 10, 5  # steps; every script of the family logs at least so many of its first ones
+STEP_LINE = re.compile(r"step:(\d+)/\d+ train_loss:(\S+) train_time:(\d+)ms")
+# What a peer takes from us: settings that all of the family know by these names.
+COMMON = (
+    *("DATA_PATH", "TOKENIZER_PATH", "RUN_ID", "SEED", "ITERATIONS", "WARMUP_STEPS", "WARMDOWN_ITERS"),
+    *("MAX_WALLCLOCK_SECONDS", "VAL_LOSS_EVERY", "TRAIN_LOG_EVERY", "TRAIN_BATCH_TOKENS", "TRAIN_SEQ_LEN"),
+    *("VOCAB_SIZE", "MODEL_DIM", "NUM_LAYERS", "NUM_HEADS", "NUM_KV_HEADS", "MLP_MULT"),
+)
+FLASH_ATTENTION_STAND_IN = """
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+def flash_attn_func(q, k, v, causal=True, **_):
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(SDPBackend.{}):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
+"""
+
+
+def link_shards(c: Config, folder: Path) -> None:
+    """The shards and the tokenizer under the names that the family's scripts look for."""
+    for split in ("train", "val"):
+        for i, path in enumerate(train_gpt.find_shards(c, split)):
+            (folder / f"fineweb_{split}_{i:06d}.bin").symlink_to(Path(path).resolve())
+    tokenizer = Path(c.tokenizer_path or Path(c.data_path) / "tokenizer.model")
+    (folder / "tokenizer.model").symlink_to(tokenizer.resolve())
+
+
+def shared_settings(args, c: Config, folder: Path, attention: str) -> Config:
+    """Our settings for a run at the full rate that logs every tenth step; the peer gets the COMMON ones.
+
+    Without a warmdown, since some of the family change the step itself at a low learning rate.
+    """
+
+    def tens(steps: int) -> int:
+        return -(-steps // LOG_EVERY) * LOG_EVERY
+
+    steps = args.warmup + args.steps
+    return dataclasses.replace(
+        c,
+        phase="train",
+        attention=attention,
+        data_path=str(folder),
+        tokenizer_path=str(folder / "tokenizer.model"),
+        log_dir="logs",
+        artifact_path="",
+        scores_path="",
+        iterations=steps if steps <= LOGGED_FIRST else tens(args.warmup) + tens(args.steps),
+        warmdown_iters=0,
+        max_wallclock_seconds=0.0,
+        val_loss_every=0,
+        train_log_every=LOG_EVERY,
+    )
+
+
+def environment_of(name: str, c: Config, folder: Path) -> dict[str, str]:
+    """Of the peer's process or of ours; what is no setting is passed on."""
+    lines = dict(line.split("=", 1) for line in c.lines())
+    env = {key: value for key, value in os.environ.items() if key not in lines} | {"PYTHONUNBUFFERED": "1"}
+    if name == "ours":
+        return env | lines
+    path = os.pathsep.join([str(folder), *filter(None, [env.get("PYTHONPATH")])])
+    return env | {key: lines[key] for key in COMMON} | {"PYTHONPATH": path}
+
+
+def logged_steps(script: Path, env: dict[str, str], nproc: int, last: int) -> list[tuple[int, float, float]]:
+    """(step, loss, milliseconds so far) of each line of a script under torchrun, ended once the last step's is out.
+
+    Raises InputError if that never comes.
+    """
+    found = []
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"]
+    command = [*torchrun, "--redirects=2", "--log-dir=.", str(script.resolve())]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cwd, open(Path(cwd) / "stderr", "w") as errors:
+        process = subprocess.Popen(
+            command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
+        try:
+            for line in process.stdout:
+                if match := STEP_LINE.match(line):
+                    found.append((int(match[1]), float(match[2]), float(match[3])))
+                    if found[-1][0] == last:
+                        return found
+        finally:
+            end(process)
+        raise InputError(f"{script}: ended before it logged step {last}: {last_error(Path(cwd))}")
+
+
+def end(process: subprocess.Popen) -> None:
+    """Stop torchrun, which takes up to half a minute to stop its workers: they are in sessions of their own."""
+    for number, patience_seconds in ((signal.SIGTERM, 60), (signal.SIGKILL, 10)):
+        with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+            os.killpg(process.pid, number)
+            process.communicate(timeout=patience_seconds)
+            return
+
+
+def last_error(folder: Path) -> str:
+    """The last line that a worker or, if none said anything, torchrun left on standard error."""
+    for path in (*sorted(folder.rglob("stderr.log")), folder / "stderr"):
+        lines = path.read_text(errors="replace").split("\n")
+        if said := [line.strip() for line in lines if line.strip()]:
+            return said[-1]
+    return "nothing on standard error"
+
+
+def step_times(found: list[tuple[int, float, float]], warmup: int) -> list[float]:
+    """Milliseconds a step between the lines behind the warm-up: those of every tenth step, or all of a short run."""
+    behind = [line for line in found if line[0] >= warmup]
+    tenth = [line for line in behind if line[0] % LOG_EVERY == 0]
+    pairs = itertools.pairwise(tenth if len(tenth) > 1 else behind)
+    return [(ms - ms_before) / (step - step_before) for (step_before, _, ms_before), (step, _, ms) in pairs]
+
+
+def bench_peer(args, run: Run) -> None:
+    """The peer and our script in turns: a table of their steps, and the ratio of their rates."""
+    if run.world_size > 1:
+        raise InputError(f"nproc_per_node={run.world_size}: allowed is 1 with --peer; --nproc is for the processes")
+    scripts = {"peer": Path(args.peer), "ours": Path(train_gpt.__file__)}
+    if not scripts["peer"].is_file():
+        raise InputError(f"--peer={args.peer}: no such file")
+    c = from_environment(args)
+    train_gpt.Tokenizer(c)  # refuses what the processes would
+    kernels = train_gpt.choose_kernels(c, run)
+    with tempfile.TemporaryDirectory() as folder:
+        link_shards(c, Path(folder))
+        shared = shared_settings(args, c, Path(folder), kernels.attention)
+        steps = f"{shared.iterations} steps of {c.batch_tokens} tokens, timed behind the first {args.warmup}"
+        headline(f"{args.pairs} pairs of processes under torchrun, {args.nproc} rank(s) each, {steps}", c, run)
+        if train_gpt.find_flash_attention_3() is None:
+            backend = train_gpt.SDPA_BACKENDS[kernels.attention].name
+            (Path(folder) / "flash_attn_interface.py").write_text(FLASH_ATTENTION_STAND_IN.format(backend))
+            run.log(f"# FlashAttention 3 is not here: both scripts run PyTorch's {backend}")
+        else:
+            run.log(f"# FlashAttention 3 is here: the peer calls it, ours runs {kernels.attention}")
+        run.log(f"{'pair':<5} {'script':<6} {'step ms':>10} {'spread':>7} {'tokens/s':>12} {'train_loss':>10}")
+        ratios = [measure_pair(pair, scripts, args, shared, run) for pair in range(args.pairs)]
+    span = f"{min(ratios):.4f} to {max(ratios):.4f}"
+    run.log(f"tokens/s, ours over peer: {statistics.median(ratios):.4f} ({span} over {args.pairs} pairs)")
+
+
+def measure_pair(pair: int, scripts: dict[str, Path], args, c: Config, run: Run) -> float:
+    """A row for each script, and the ratio of their rates."""
+    rates = {}
+    for name, script in scripts.items():
+        env = environment_of(name, dataclasses.replace(c, run_id=f"{name}{pair}"), Path(c.data_path))
+        found = logged_steps(script, env, args.nproc, c.iterations)
+        times = step_times(found, args.warmup)
+        ms = statistics.median(times)
+        rates[name] = 1000 * c.batch_tokens / ms
+        run.log(f"{pair:<5} {name:<6} {ms:10.2f} {spread(times):7.1%} {rates[name]:12.0f} {found[-1][1]:10.4f}")
+    return rates["ours"] / rates["peer"]
+
+
+# ======================================================================================================================
+# data: whether the loader keeps up.
+# ======================================================================================================================
+
+
+def bench_data(args, run: Run) -> None:
+    """What the loader can do at most, and whether anyone waits for it at a given rate."""
+    c = from_environment(args)
+    headline(f"the loader, batches of {c.batch_tokens} tokens over all ranks, {args.seconds:g} s each way", c, run)
+    rates = unpaced_rates(c, run, args.seconds)
+    middle, least = run.sum(torch.tensor([statistics.median(rates), min(rates)], dtype=torch.float64)).tolist()
+    span = f"slowest batch {least / 1e6:.2f}, spread {spread(rates):.1%} over {len(rates)} batches"
+    run.log(f"host_batch: median {middle / 1e6:.2f} M tokens/s, {span}")
+    counts = torch.tensor(paced(c, run, args.rate, args.seconds), dtype=torch.float64)
+    waited_seconds = run.max(counts[2].item())
+    stalls, batches, _ = run.sum(counts).tolist()
+    run.log(f"stalls: {stalls:.0f} of {batches:.0f} batches at {args.rate / 1e6:.1f} M tokens/s")
+    run.log(f"waited: {waited_seconds:.3f} s for them")
+
+
+def unpaced_rates(c: Config, run: Run, seconds: float) -> list[float]:
+    """Tokens a second of this rank's part of one batch after the other, read on this thread."""
+    loader, rates = train_gpt.TrainLoader(c, run), []
+    finish = time.perf_counter() + seconds
+    while not rates or time.perf_counter() < finish:
+        began = time.perf_counter()
+        batch = loader.host_batch(len(rates))
+        rates.append(batch[:, 1:].numel() / (time.perf_counter() - began))
+    return rates
+
+
+def paced(c: Config, run: Run, rate: float, seconds: float) -> tuple[int, int, float]:
+    """(stalls, batches, seconds waited) of a consumer that takes batch_tokens / rate seconds for each batch."""
+    loader, n_batches, waited = train_gpt.TrainLoader(c, run), 0, 0.0
+    batches = loader.batches()
+    next(batches)  # starts the reader
+    arrived = time.perf_counter()
+    finish = arrived + seconds
+    while not n_batches or arrived < finish:
+        time.sleep(max(0.0, arrived + c.batch_tokens / rate - time.perf_counter()))
+        asked, stalls = time.perf_counter(), loader.stalls
+        next(batches)
+        arrived = time.perf_counter()
+        n_batches += 1
+        waited += (loader.stalls - stalls) * (arrived - asked)
+    batches.close()
+    return loader.stalls, n_batches, waited
+
+
+# ======================================================================================================================
+# score and ttt: what context, stride and epochs buy, and what they cost.
+# ======================================================================================================================
+
+
+SHORTEST_STRIDE, EPOCHS = 64, (0, 1, 2, 3)
+
+
+class Timed:
+    """A predictor whose learning is timed; what else a pass takes is scoring."""
+
+    def __init__(self, predictor, run: Run):
+        self.predictor, self.run, self.stride, self.learning_seconds = predictor, run, predictor.stride, 0.0
+
+    def predict(self, inputs: Tensor, rows: slice) -> Tensor:
+        return self.predictor.predict(inputs, rows)
+
+    def update(self, tokens: Tensor) -> None:
+        clock = train_gpt.Clock(self.run)
+        self.predictor.update(tokens)
+        self.run.synchronize()
+        self.learning_seconds += clock.seconds()
+
+
+class Scored:
+    """An artifact's model and the stream that its predictors are measured on."""
+
+    WARM_CHUNKS = 2  # all later ones but the last are like the second
+
+    def __init__(self, args, rows: list[Config], parts: dict[str, bytes], tokenizer: train_gpt.Tokenizer, run: Run):
+        longest = max(rows, key=lambda c: c.eval_seq_len)  # its positions hold for all
+        self.run, self.tokenizer, self.stream = run, tokenizer, train_gpt.Stream(longest, run.device, tokenizer)
+        self.model, self.mixer = train_gpt.unpack(parts, longest, run)
+        headline(f"{Path(args.artifact).name} on {extent(args, self.stream)}, stage {args.stage}", longest, run)
+
+    def head(self, n_tokens: int) -> train_gpt.Stream:
+        """The first positions of the stream."""
+        part = copy.copy(self.stream)
+        part.tokens, part.token_bytes = self.stream.tokens[: n_tokens + 1], self.stream.token_bytes[:n_tokens]
+        return part
+
+    def measure(self, stage: str, c: Config) -> tuple[train_gpt.Score, float]:
+        """The score under some settings, and the seconds of it that went into learning.
+
+        A pass over a stream with the same first, middle and last chunk comes before it, since what is compiled is
+        compiled for one shape.
+        """
+        if self.run.compiles:
+            torch.compiler.reset()  # the shapes of other rows would count against its limit
+        chunk_tokens = train_gpt.chunk_length(stage, c)
+        warm_tokens = min(len(self.stream), self.WARM_CHUNKS * chunk_tokens + len(self.stream) % chunk_tokens)
+        for stream in (self.head(warm_tokens), self.stream):
+            made = train_gpt.make_predictor(stage, self.model, self.mixer, c, self.run, self.tokenizer)
+            predictor = Timed(made, self.run)
+            result = train_gpt.score(predictor, stream, chunk_tokens, self.run)
+        return result, self.run.max(predictor.learning_seconds)
+
+
+def window_settings(c: Config, contexts: list[int], strides: list[int]) -> list[Config]:
+    """The settings with each context and each stride that fits into it.
+
+    Without strides, the context halved down to SHORTEST_STRIDE, and the artifact's own. Raises InputError if none fits.
+    """
+    found = []
+    for context in contexts or [c.eval_seq_len]:
+        halves = [context >> k for k in range(context.bit_length()) if context >> k >= SHORTEST_STRIDE]
+        chosen = set(strides or [*halves, c.eval_stride])
+        fitting = sorted((stride for stride in chosen if stride <= context), reverse=True)
+        found += [dataclasses.replace(c, eval_seq_len=context, eval_stride=stride) for stride in fitting]
+    if not found:
+        raise InputError(f"--strides={train_gpt.show(tuple(strides))}: allowed are strides up to the context")
+    return found
+
+
+def bench_score(args, run: Run) -> None:
+    """Sliding windows: a row for each context and stride."""
+    c, parts, tokenizer = open_artifact(args, dict(os.environ))
+    rows = window_settings(c, args.contexts, args.strides)
+    scored = Scored(args, rows, parts, tokenizer, run)
+    run.log(f"{'context':>7} {'stride':>6} {'forward':>8} {'val_bpb':>9} {'tokens/s':>10} {'forward tokens/s':>16}")
+    for row in rows:
+        result, _ = scored.measure(args.stage, row)
+        forward, rate = row.eval_seq_len / row.eval_stride, len(scored.stream) / result.seconds
+        run.log(
+            f"{row.eval_seq_len:7d} {row.eval_stride:6d} {forward:8.2f} {result.val_bpb:9.5f} {rate:10.0f} "
+            f"{forward * rate:16.0f}"
+        )
+
+
+def forward_equivalents(c: Config) -> float:
+    """Forward passes that a token costs; a backward pass counts as two."""
+    return c.eval_seq_len / c.eval_stride + 3 * c.ttt_epochs
+
+
+def bench_ttt(args, run: Run) -> None:
+    """Adaptation: a row for each stride and number of epochs, the cheapest first.
+
+    A star is for a row that no cheaper one beats.
+    """
+    c, parts, tokenizer = open_artifact(args, dict(os.environ))
+    windows = window_settings(c, [], args.strides)
+    rows = [dataclasses.replace(window, ttt_epochs=epochs) for window in windows for epochs in args.epochs or EPOCHS]
+    scored = Scored(args, rows, parts, tokenizer, run)
+    run.log(
+        f"{'stride':>6} {'epochs':>6} {'forward':>8} {'val_bpb':>9}   {'seconds':>8} {'scoring':>8} {'learning':>8} "
+        f"{'tokens/s':>10}"
+    )
+    cheaper: list[tuple[float, float]] = []  # or as cheap
+    for row in sorted(rows, key=forward_equivalents):
+        result, learning = scored.measure(args.stage, row)
+        cost, bpb, seconds = forward_equivalents(row), result.val_bpb, result.seconds
+        star = " " if any(x < cost and y < bpb for x, y in cheaper) else "*"
+        cheaper.append((cost, bpb))
+        run.log(
+            f"{row.eval_stride:6d} {row.ttt_epochs:6d} {cost:8.2f} {bpb:9.5f} {star} {seconds:8.1f} "
+            f"{seconds - learning:8.1f} {learning:8.1f} {len(scored.stream) / seconds:10.0f}"
+        )
+
+
+# ======================================================================================================================
+# The command line.
+# ======================================================================================================================
+
+
+def mixer_options(parser) -> None:
+    parser.add_argument("--data", required=True, metavar="DIR", help="shards; the training ones are read")
+    parser.add_argument(
         "--millions", default="1,4,16,62", help="lengths of the stream in millions of tokens [1,4,16,62]"
     )
-    mixer.add_argument("--orders", default=train_gpt.show(Config.ngram_orders), help="contexts of these lengths")
-    mixer.add_argument("--chunk", type=int, default=Config.ttt_chunk_tokens, help="tokens a chunk [32768]")
-    mixer.add_argument("--vocab-size", type=int, default=Config.vocab_size, help="[1024]")
-    mixer.add_argument("--table-bits", type=int, default=Config.ngram_table_bits, help="[25]")
-    worth = commands.add_parser("worth", help="what each mixer gains on an artifact and a stream")
-    worth.add_argument("--artifact", required=True, metavar="FILE")
-    worth.add_argument("--data", required=True, metavar="DIR", help="shards; the validation stream is scored")
-    worth.add_argument("--lessons", metavar="DIR", help="shards whose held-out text the mixers are fitted on [--data]")
-    worth.add_argument("--val-tokens", type=int, default=0, help="score only the first of them")
-    worth.add_argument("--stage", choices=("sliding", "ttt"), default="ttt", help="the neural predictor [ttt]")
-    worth.add_argument(
-        "--lags", type=lambda text: [int(x) for x in text.split(",") if x], default=[2048], help="[2048]"
-    )
-    worth.add_argument("--brief", action="store_true", help="only the baseline and the default")
-    worth.add_argument("--lesson-tokens", type=int, default=65536, help="of training text to fit on [65536]")
-    worth.add_argument("--progress", action="store_true", help="say on standard error how far it is")
-    artifact = commands.add_parser("artifact", help="bytes against loss, by levels, coder and allocation")
-    artifact.add_argument(
-        "--weights", required=True, metavar="NPZ", help="float weights; trained and written if missing"
-    )
-    artifact.add_argument("--data", required=True, metavar="DIR", help="shards; settings come from the environment")
-    artifact.add_argument("--val-tokens", type=int, default=0, help="score only the first of them")
-    artifact.add_argument("--plot", metavar="SVG", help="val_bpb against bytes")
-    args = parser.parse_args()
+    parser.add_argument("--orders", default=train_gpt.show(Config.ngram_orders), help="contexts of these lengths")
+    parser.add_argument("--chunk", type=int, default=Config.ttt_chunk_tokens, help="tokens a chunk [32768]")
+    parser.add_argument("--vocab-size", type=int, default=Config.vocab_size, help="[1024]")
+    parser.add_argument("--table-bits", type=int, default=Config.ngram_table_bits, help="[25]")
+
+
+def stream_options(parser) -> None:
+    """Of what scores an artifact."""
+    parser.add_argument("--artifact", required=True, metavar="FILE")
+    parser.add_argument("--data", required=True, metavar="DIR", help="shards; the validation stream is scored")
+    parser.add_argument("--val-tokens", type=int, default=0, help="score only the first of them")
+
+
+def worth_options(parser) -> None:
+    stream_options(parser)
+    parser.add_argument("--lessons", metavar="DIR", help="shards whose held-out text the mixers are fitted on [--data]")
+    parser.add_argument("--stage", choices=("sliding", "ttt"), default="ttt", help="the neural predictor [ttt]")
+    parser.add_argument("--lags", type=whole_numbers, default=[2048], help="[2048]")
+    parser.add_argument("--brief", action="store_true", help="only the baseline and the default")
+    parser.add_argument("--lesson-tokens", type=int, default=65536, help="of training text to fit on [65536]")
+    parser.add_argument("--progress", action="store_true", help="say on standard error how far it is")
+
+
+def artifact_options(parser) -> None:
+    parser.add_argument("--weights", required=True, metavar="NPZ", help="float weights; trained and written if missing")
+    parser.add_argument("--data", required=True, metavar="DIR", help="shards; settings come from the environment")
+    parser.add_argument("--val-tokens", type=int, default=0, help="score only the first of them")
+    parser.add_argument("--plot", metavar="SVG", help="val_bpb against bytes")
+
+
+def train_options(parser) -> None:
+    parser.add_argument("--data", required=True, metavar="DIR", help="shards; the training ones are read")
+    parser.add_argument("--steps", type=at_least(int, 1), default=20, help="timed steps [20]")
+    parser.add_argument("--warmup", type=at_least(int, 1), default=5, help="steps before them [5]")
+    parser.add_argument("--peak-tflops", type=at_least(float, 1e-6), help="of a device [989 on CUDA]")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--profile", metavar="FILE", help="a table of what takes the most time in three more steps")
+    either.add_argument("--peer", metavar="PATH", help="another train_gpt.py, to be timed against ours as processes")
+    parser.add_argument("--nproc", type=at_least(int, 1), default=1, help="ranks of each process, with --peer [1]")
+    parser.add_argument("--pairs", type=at_least(int, 1), default=2, help="how often each runs, with --peer [2]")
+
+
+def data_options(parser) -> None:
+    parser.add_argument("--data", required=True, metavar="DIR", help="shards; the training ones are read")
+    parser.add_argument("--rate", type=at_least(float, 1), default=10e6, help="tokens/s of the consumer [10e6]")
+    parser.add_argument("--seconds", type=at_least(float, 0), default=10.0, help="of each measurement [10]")
+
+
+def score_options(parser) -> None:
+    stream_options(parser)
+    parser.add_argument("--contexts", type=whole_numbers, default=[], help="[the artifact's EVAL_SEQ_LEN]")
+    parser.add_argument("--strides", type=whole_numbers, default=[], help="[halves of the context down to 64]")
+    parser.set_defaults(stage="sliding")
+
+
+def ttt_options(parser) -> None:
+    stream_options(parser)
+    parser.add_argument("--strides", type=whole_numbers, default=[], help="[halves of the context down to 64]")
+    parser.add_argument("--epochs", type=whole_numbers, default=[], help=f"[{train_gpt.show(EPOCHS)}]")
+    parser.add_argument("--stage", choices=("ttt", "mixed"), default="ttt", help="[ttt]")
+
+
+# Of each command: what it is, its options, what it does, and the settings of its Run.
+COMMANDS = {
+    "mixer": (
+        "tokens per second and memory of the index and the mixture",
+        mixer_options,
+        bench_mixer,
+        lambda _: Config(),
+    ),
+    "worth": ("what each mixer gains on a stream", worth_options, bench_worth, lambda _: Config(device="cpu")),
+    "artifact": (
+        "bytes against loss, by levels, coder and allocation",
+        artifact_options,
+        bench_artifact,
+        from_environment,
+    ),
+    "train": ("the training step, alone or against another script's", train_options, bench_train, from_environment),
+    "data": ("the loader's throughput", data_options, bench_data, from_environment),
+    "score": ("bits per byte and speed by context and stride", score_options, bench_score, from_environment),
+    "ttt": ("bits per byte and speed by stride and epochs of adaptation", ttt_options, bench_ttt, from_environment),
+}
+
+
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
+    """The command line, parsed."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, (about, options, _, _) in COMMANDS.items():
+        options(commands.add_parser(name, help=about))
+    return parser.parse_args(given)
+
+
+def main() -> int:
+    args = arguments()
+    _, _, bench, settings = COMMANDS[args.command]
     try:
-        bench, settings = {
-            "mixer": (bench_mixer, Config),
-            "worth": (bench_worth, lambda: Config(device="cpu")),
-            "artifact": (bench_artifact, lambda: Config.from_env(dict(os.environ))),
-        }[args.command]
-        run = Run(settings())
+        run = Run(settings(args))
         bench(args, run)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     run.close()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)  # as in train_gpt.py

@@ -168,12 +168,21 @@ def decode(predictor, data: bytes, bos_id: int, chunk_tokens: int, device: torch
 # ======================================================================================================================
 
 
-def prepare(artifact: str, data: str | Path, **overrides):
+def epochs_by_chunk(text: str) -> tuple[int, ...]:
+    """What a run gave its chunks, from "3*12,2*40": 12 chunks of 3 epochs, then 40 of 2. Raises InputError."""
+    parts = [part.partition("*") for part in text.split(",") if part]
+    if not all(epochs.isdigit() and times.isdigit() for epochs, _, times in parts):
+        raise InputError(f"--epochs={text}: allowed are pairs of epochs and chunks such as 3*12,2*40")
+    return tuple(int(epochs) for epochs, _, times in parts for _ in range(int(times)))
+
+
+def prepare(artifact: str, data: str | Path, epochs: str = "", **overrides):
     """(settings, run, tokenizer, predictor of the last of STAGES, its chunks' length). Raises InputError."""
     c, header, parts = in_force(artifact, data, **overrides)
     run, tokenizer, stage = Run(c), Tokenizer(c), c.stages[-1]
     train_gpt.check_tokenizer(header, tokenizer, artifact)
-    predictor = train_gpt.make_predictor(stage, *train_gpt.unpack(parts, c, run), c, run, tokenizer)
+    pace = train_gpt.Pace(c.ttt_epochs, run, told=epochs_by_chunk(epochs))
+    predictor = train_gpt.make_predictor(stage, *train_gpt.unpack(parts, c, run), c, run, tokenizer, pace)
     return c, run, tokenizer, predictor, train_gpt.chunk_length(stage, c)
 
 
@@ -185,7 +194,7 @@ def write(path: str, data: bytes) -> None:
 
 
 def run_encode(args) -> None:
-    c, run, tokenizer, predictor, length = prepare(args.artifact, args.data, VAL_TOKENS=args.tokens)
+    c, run, tokenizer, predictor, length = prepare(args.artifact, args.data, args.epochs, VAL_TOKENS=args.tokens)
     stream = Stream(c, run.device, tokenizer)
     data = encode(predictor, stream.tokens.to(run.device), length)
     write(args.out, data)
@@ -198,7 +207,7 @@ def run_encode(args) -> None:
 
 def run_decode(args) -> None:
     folder = os.path.dirname(os.path.abspath(args.tokenizer))
-    c, run, tokenizer, predictor, length = prepare(args.artifact, folder, TOKENIZER_PATH=args.tokenizer)
+    c, run, tokenizer, predictor, length = prepare(args.artifact, folder, args.epochs, TOKENIZER_PATH=args.tokenizer)
     try:
         data = Path(args.file).read_bytes()
     except OSError as error:
@@ -229,6 +238,7 @@ def main() -> int:
         command = commands.add_parser(name, help=text)
         command.add_argument("--artifact", required=True, metavar="FILE")
         command.add_argument("--out", required=True, metavar="FILE")
+        command.add_argument("--epochs", default="", metavar="E*N,...", help="by chunk, if the run had to lower them")
         if name == "encode":
             command.add_argument("--data", required=True, metavar="DIR", help="shards and tokenizer")
             command.add_argument("--tokens", type=int, default=8192, help="how many [8192]")

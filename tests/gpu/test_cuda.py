@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from test_kernels import naive_attention
+from test_kernels import both_ways, naive_attention
 
 import codec
 import train_gpt
@@ -21,11 +21,63 @@ def on_cuda():
     return run
 
 
-def test_attention_on_the_gpu_equals_its_definition():
+@pytest.mark.parametrize("backend", ["flash3", *train_gpt.SDPA_BACKENDS])
+def test_attention_on_the_gpu_equals_its_definition(tiny_config, backend):
+    if not train_gpt.attention_works(backend, tiny_config(model_dim=256, num_heads=4, num_kv_heads=2), on_cuda()):
+        pytest.skip(f"{backend} does not work here")
     q, k, v = (torch.randn(2, 33, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (4, 2, 2))
-    y = train_gpt.attention(q, k, v, train_gpt.find_flash_attention_3())
+    y = train_gpt.attention(q, k, v, backend)
     expected = naive_attention(q.cpu(), k.cpu(), v.cpu())
     assert (y.cpu().double() - expected).norm() / expected.norm() < 1e-2
+
+
+def test_attention_that_never_holds_the_scores_is_chosen(tiny_config):
+    """At the competition's heads, in bfloat16, forward and backward."""
+    assert train_gpt.first_attention(train_gpt.Config(), on_cuda()) in ("flash3", "cudnn", "flash")
+
+
+@pytest.mark.parametrize("rows", [1, 127, 4096])
+def test_fused_kernels_on_the_gpu_equal_their_plain_twins(rows):
+    def random(*shape):
+        return torch.randn(shape, device="cuda").bfloat16().requires_grad_()
+
+    logits, targets = random(rows, 1024), torch.randint(1024, (rows,), device="cuda")
+    x, weight = random(rows, 512), random(1536, 512)
+    for operation, inputs, learned in (
+        (train_gpt.softcapped_nll, (logits, targets, 30.0), (logits,)),
+        (train_gpt.linear_leaky_square, (x, weight, 0.5), (x, weight)),
+    ):
+        plain, fused = (both_ways(operation, inputs, learned, form) for form in (False, True))
+        for a, b in zip(fused, plain, strict=True):
+            assert train_gpt.agree(a, b)
+
+
+@pytest.mark.parametrize("kernels", ["triton", "plain", "auto"])
+def test_the_compiled_step_follows_the_plain_one(tiny_config, kernels):
+    """Forward and backward in one graph each, whichever kernels are in it."""
+    config = tiny_config(model_dim=256, num_heads=4, num_kv_heads=2, kernels=kernels)
+    plain, chosen, run = build(config).cuda(), train_gpt.choose_kernels(config, on_cuda()), on_cuda()
+    fast = train_gpt.GPT(config, torch.bfloat16, chosen).cuda()
+    fast.load_state_dict(plain.state_dict())
+    tokens = random_tokens(config, 4, 33).cuda()
+    losses = [model(tokens[:, :-1], tokens[:, 1:]).mean() for model in (plain, run.wrap(fast))]
+    assert abs(losses[0] - losses[1]) < 2e-2
+    a, b = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.parameters()))])
+        for loss, model in zip(losses, (plain, fast), strict=True)
+    )
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.98
+
+
+def test_the_host_stays_one_step_ahead():
+    run, x = on_cuda(), torch.randn(2048, 2048, device="cuda")
+    events = []
+    for _ in range(4):
+        for _ in range(50):
+            x = (x @ x).tanh()
+        run.follow()
+        events.append(run.last_event)
+        assert all(event.query() for event in events[:-1])
 
 
 def test_compiled_bfloat16_forward_and_gradients_follow_float32(tiny_config):
@@ -34,7 +86,7 @@ def test_compiled_bfloat16_forward_and_gradients_follow_float32(tiny_config):
     fast = train_gpt.GPT(config, torch.bfloat16).cuda()
     fast.load_state_dict(exact.state_dict())
     compiled, tokens = on_cuda().wrap(fast), random_tokens(config, 4, 33).cuda()
-    losses = [train_gpt.token_nll(model, tokens[:, :-1], tokens[:, 1:]).mean() for model in (exact, compiled)]
+    losses = [model(tokens[:, :-1], tokens[:, 1:]).mean() for model in (exact, compiled)]
     assert abs(losses[0] - losses[1]) < 2e-2
     for loss in losses:
         loss.backward()
@@ -59,11 +111,12 @@ def test_training_on_the_gpu_lowers_the_loss_and_restores_after_warm_up(tiny_con
     model = train_gpt.GPT(config, torch.bfloat16).init_weights(config).cuda()
     before = [p.detach().clone() for p in model.parameters()]
     optimizers, called = train_gpt.Optimizers(model, config, run), run.wrap(model)
-    train_gpt.warm_up(model, called, optimizers, config, run)
+    train_gpt.warm_up(model, called, optimizers, None, config, run)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     loader, losses = train_gpt.TrainLoader(config, run), []
-    for step in range(30):
-        nats = train_gpt.accumulate_gradients(called, loader.batch(step), None, config)
+    batches = loader.batches()
+    for _ in range(30):
+        nats = train_gpt.accumulate_gradients(called, next(batches), None, config)
         losses.append(nats.item() / config.train_batch_tokens)
         optimizers.step(1.0, 0.9)
     assert losses[-1] < losses[0] - 0.5
@@ -75,7 +128,7 @@ def test_a_model_on_the_gpu_is_fitted_to_the_size_and_comes_back(tiny_config, tm
     c, run, path = tiny_config(model_dim=256, target_bytes=target, device="cuda"), on_cuda(), tmp_path / "x"
     model = build(c).cuda()
     model.dtype, mixer = torch.bfloat16, train_gpt.Maxent(c).cuda()
-    quantized, _ = train_gpt.quantize_to_size(model, mixer, c, run, "sha")
+    quantized = train_gpt.quantize_to_size(model, run.wrap(model), mixer, c, run, "sha")
     path.write_bytes(train_gpt.pack(model, quantized, mixer, c, "sha"))
     assert 0.98 * room < path.stat().st_size <= room
     restored = dict(train_gpt.unpack(train_gpt.read_artifact(path)[1], c, run)[0].named_parameters())
