@@ -84,7 +84,7 @@ class Config:
     dtype: str = setting("auto", choices=("auto", "float32", "bfloat16"))  # of activations; auto: bfloat16 on CUDA
     torch_compile: bool = setting(True)  # on CUDA only
     attention: str = setting("auto", choices=("auto", "flash3", "cudnn", "flash", "efficient", "math"))
-    kernels: str = setting("auto", choices=("auto", "triton", "plain"))  # auto: Triton's where they are faster
+    kernels: tuple[str, ...] = setting(("auto",), choices=("auto", "loss", "mlp"))  # Triton's; auto: where faster
     data_path: str = setting("data/datasets/fineweb10B_sp1024")
     tokenizer_path: str = setting("")  # "" = tokenizer.model inside data_path
     artifact_path: str = setting("")  # "" = LOG_DIR/RUN_ID.artifact
@@ -159,7 +159,7 @@ class Config:
     val_tokens: int = setting(0, 0)  # score only the first of them; 0 = the whole stream
     val_batch_size: int = setting(524_288, 8)  # tokens a chunk where nothing is learned between chunks
     eval_seq_len: int = setting(2048, 8, score=True)
-    eval_stride: int = setting(64, 1, score=True)
+    eval_stride: int = setting(256, 1, score=True)
     ttt_chunk_tokens: int = setting(32_768, 8, score=True)
     ttt_optimizer: str = setting("sgd", choices=("sgd", "adamw"), score=True)
     ttt_lr: float = setting(0.002, 0.0, score=True)
@@ -222,6 +222,8 @@ class Config:
             f"TTT_FREEZE_BLOCKS={self.ttt_freeze_blocks}: allowed is at most NUM_LAYERS={self.num_layers}",
         )
         yield not self.stages, f"STAGES is empty: allowed are {', '.join(STAGES)}"
+        auto_alone = "auto" not in self.kernels or len(self.kernels) == 1
+        yield not auto_alone, f"KERNELS={show(self.kernels)}: allowed are auto, or any of loss, mlp, or nothing"
         yield self.run_id != os.path.basename(self.run_id), f"RUN_ID={self.run_id!r}: allowed is a plain file name"
         npz = not self.scores_path or self.scores_path.endswith(".npz")
         yield not npz, f"SCORES_PATH={self.scores_path}: allowed is a name that ends in .npz"
@@ -279,6 +281,7 @@ SMOKE = dict(
     swa_every=5,
     val_batch_size=16384,
     eval_seq_len=256,
+    eval_stride=64,
     ttt_chunk_tokens=2048,
     ttt_optimizer="adamw",
     ttt_lr=0.0003,
@@ -308,7 +311,8 @@ CPU = SMOKE | dict(
     train_log_every=100,
     eval_seq_len=1024,
     eval_stride=256,
-    ttt_lr=0.001,
+    ttt_lr=0.0005,
+    ttt_epochs=2,
     gptq_tokens=65_536,
     target_bytes=1_500_000,
     mixer_calibration_tokens=131_072,
@@ -412,6 +416,7 @@ class Run:
         self.rank = int(os.environ.get("RANK", "0"))
         self.world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.device = self.choose_device(config)
+        self.use_device()
         self.dtype = {
             "float32": torch.float32,
             "bfloat16": torch.bfloat16,
@@ -425,6 +430,8 @@ class Run:
         elif self.world_size > 1:
             dist.init_process_group("gloo")
         self.log_path: Path | None = None
+        self.is_silent = False
+        self.last_event: torch.cuda.Event | None = None
 
     @staticmethod
     def choose_device(config: Config) -> torch.device:
@@ -436,10 +443,13 @@ class Run:
         n_devices = torch.cuda.device_count()
         if local_rank >= n_devices:
             raise InputError(f"nproc_per_node: process {local_rank} has no CUDA device; allowed are {n_devices} a node")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-        return device
+        return torch.device("cuda", local_rank)
+
+    def use_device(self) -> None:
+        """Make the device that of the calling thread."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
 
     @property
     def is_main(self) -> bool:
@@ -468,14 +478,14 @@ class Run:
             with open(self.log_path, "a", encoding="utf-8") as file:
                 file.write(text + "\n")
 
-    is_silent = False
-
     @contextmanager
     def silent(self):
         """Log nothing meanwhile."""
         self.is_silent = True
-        yield
-        self.is_silent = False
+        try:
+            yield
+        finally:
+            self.is_silent = False
 
     def broadcast(self, make, *arguments):
         """make(*arguments), called on the main rank only and handed to all: other nodes need not have the files.
@@ -504,14 +514,16 @@ class Run:
         dist.all_reduce(box, op=dist.ReduceOp.MAX)
         return box.item()
 
-    def sum_gradients(self, params: list[nn.Parameter]) -> None:
-        """Add up the ranks' gradients in one message; a parameter that this rank did not touch counts as zero."""
+    def sum_gradients(self, params: list[nn.Parameter]) -> Tensor:
+        """Add up the ranks' gradients in one message; a parameter that this rank did not touch counts as zero.
+
+        Returns all of them in one row, of which each parameter's gradient is a part from then on.
+        """
         fill_gradients(params)
-        if self.world_size == 1 or not params:
-            return
-        flat = self.sum(torch.cat([p.grad.flatten() for p in params]))
-        for p, grad in zip(params, flat.split([p.numel() for p in params]), strict=True):
-            p.grad.copy_(grad.view_as(p))
+        row = self.sum(torch.cat([p.grad.flatten() for p in params] or [torch.zeros(0, device=self.device)]))
+        for p, grad in zip(params, row.split([p.numel() for p in params]), strict=True):
+            p.grad = grad.view_as(p)
+        return row
 
     def share(self, n: int, granule: int = 1) -> slice:
         """This rank's contiguous part of n items, cut at multiples of `granule`; the parts of all ranks cover n."""
@@ -541,15 +553,13 @@ class Run:
         bank, shard = shard.new_empty(shard.shape[0] * self.world_size, *shard.shape[1:]), shard.contiguous()
         return Arriving(bank, shard, ALL_GATHER(bank, shard, async_op=True))
 
-    def wrap(self, model: nn.Module):
-        """The model as it should be called: compiled on CUDA, itself elsewhere."""
-        return torch.compile(model, dynamic=False, fullgraph=True) if self.compiles else model
+    def wrap(self, function):
+        """A model or function as it should be called: compiled on CUDA, itself elsewhere."""
+        return torch.compile(function, dynamic=False, fullgraph=True) if self.compiles else function
 
     def synchronize(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-
-    last_event: torch.cuda.Event | None = None
 
     def follow(self) -> None:
         """Wait for the device to reach where the call before this one was made, so that the host is one step ahead."""
@@ -770,7 +780,7 @@ class TrainLoader:
 
     def batches(self):
         """batch(0), batch(1) and so on, read ahead by a thread; `stalls` counts those that were waited for."""
-        with ThreadPoolExecutor(1) as reader:
+        with ThreadPoolExecutor(1, initializer=self.run.use_device) as reader:
             coming = deque(reader.submit(self.host_batch, step) for step in range(self.BATCHES_AHEAD))
             for step in itertools.count():
                 self.stalls += step > 0 and not coming[0].done()
@@ -889,11 +899,10 @@ def find_flash_attention_3():
     return flash_attn_func if callable(flash_attn_func) else None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "math") -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "math", flash_attn_3=None) -> Tensor:
     """Causal attention with grouped KV heads: q [B, T, H, D], k and v [B, T, KV, D] -> [B, T, H, D]."""
     if backend == "flash3":
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        y = find_flash_attention_3()(q, k, v, causal=True, deterministic=deterministic)
+        y = flash_attn_3(q, k, v, causal=True, deterministic=torch.are_deterministic_algorithms_enabled())
         return y[0] if isinstance(y, tuple) else y
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(SDPA_BACKENDS[backend]):
@@ -939,7 +948,7 @@ def softcapped_nll_kernel(logits, targets, nll, lse, V: tl.constexpr, CAP: tl.co
     """A row a program: its log-sum-exp is gathered as its logits stream by (Milakov and Gimelshein 2018)."""
     row = tl.program_id(0).to(tl.int64)
     largest, total = tl.full((), -1e30, tl.float32), tl.full((), 0.0, tl.float32)
-    for start in tl.static_range(0, V, BLOCK):
+    for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = tl.load(logits + row * V + column, mask=column < V, other=0.0).to(tl.float32)
         z = tl.where(column < V, softcapped(x, CAP), -1e30)
@@ -995,7 +1004,9 @@ def softcapped_nll_op(logits, targets, cap):
     n_rows, vocab_size = logits.shape
     nll, lse = logits.new_empty(n_rows, dtype=torch.float32), logits.new_empty(n_rows, dtype=torch.float32)
     if n_rows:
-        softcapped_nll_kernel[(n_rows,)](logits.contiguous(), targets, nll, lse, vocab_size, cap, LOSS_BLOCK)
+        softcapped_nll_kernel[(n_rows,)](
+            logits.contiguous(), targets.contiguous(), nll, lse, vocab_size, cap, LOSS_BLOCK
+        )
     return nll, lse
 
 
@@ -1009,7 +1020,7 @@ def softcapped_nll_grad_op(logits, targets, lse, grad, cap):
     if n_rows:
         grid = n_rows, -(-vocab_size // LOSS_BLOCK)
         softcapped_nll_grad_kernel[grid](
-            logits.contiguous(), targets, lse, grad.contiguous(), grad_logits, vocab_size, cap, LOSS_BLOCK
+            logits.contiguous(), targets.contiguous(), lse, grad.contiguous(), grad_logits, vocab_size, cap, LOSS_BLOCK
         )
     return grad_logits
 
@@ -1073,24 +1084,20 @@ class Kernels:
     """Which form each operation has; the defaults are the plain ones."""
 
     attention: str = "math"
-    fused_loss: bool = False
-    fused_mlp: bool = False
+    fused: tuple[str, ...] = ()  # of "loss" and "mlp"
 
     def __str__(self):
-        forms = (("loss", self.fused_loss), ("mlp", self.fused_mlp))
-        return f"attention:{self.attention} " + " ".join(f"{name}:{'triton' if on else 'plain'}" for name, on in forms)
+        return f"attention:{self.attention} triton:{show(self.fused) or 'none'}"
 
 
 @functools.cache
+@torch.enable_grad()  # also where the caller only predicts: what is chosen has to work both ways
 def choose_kernels(c: Config, run: Run) -> Kernels:
     """What the model runs on here, chosen once and alike on all ranks.
 
     Raises InputError for a form that was asked for and does not work.
     """
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if c.kernels == "triton" and not (triton and (interpreted or run.device.type == "cuda")):
-        raise InputError("KERNELS=triton: needs Triton and a CUDA device; allowed here are 'auto' and 'plain'")
-    return run.broadcast(lambda: Kernels(first_attention(c, run), *fusions(c, run)))
+    return run.broadcast(lambda: Kernels(first_attention(c, run), fusions(c, run)))
 
 
 def first_attention(c: Config, run: Run) -> str:
@@ -1110,7 +1117,9 @@ def attention_works(backend: str, c: Config, run: Run) -> bool:
         for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)
     )
     try:
-        found, plain = attention(q, k, v, backend), attention(q, k, v)
+        flash_attn_3 = find_flash_attention_3() if backend == "flash3" else None
+        found = run.wrap(lambda *qkv: attention(*qkv, backend, flash_attn_3))(q, k, v)
+        plain = attention(q, k, v)
         gradients = torch.autograd.grad(found.square().sum(), (q, k, v))
     except Exception:  # whatever a library raises for a device, a type or a shape that it does not take
         return False
@@ -1122,45 +1131,64 @@ def agree(a: Tensor, b: Tensor) -> bool:
     return bool((a.float() - b.float()).norm() <= 1e-2 * b.float().norm())
 
 
-def fusions(c: Config, run: Run) -> tuple[bool, bool]:
-    """Whether Triton's forms of the loss and of the MLP are used: in bfloat16 on CUDA where they take less time."""
-    if c.kernels != "auto" or not triton or run.dtype != torch.bfloat16 or run.device.type != "cuda":
-        return (c.kernels == "triton",) * 2
+def fusions(c: Config, run: Run) -> tuple[str, ...]:
+    """The operations of which Triton's form is used: those that are named, or where it takes less time on CUDA."""
+    on_cuda, by_trial = run.device.type == "cuda", c.kernels == ("auto",)
+    if not c.kernels or by_trial and not (triton and on_cuda and run.dtype == torch.bfloat16):
+        return ()
+    if not (triton and (on_cuda or os.environ.get("TRITON_INTERPRET") == "1")):
+        raise InputError(f"KERNELS={show(c.kernels)}: needs Triton and a CUDA device; allowed here is 'auto'")
+    n, hidden = c.micro_batch_tokens if by_trial else 256, round(c.mlp_mult * c.model_dim)
+    targets = torch.randint(c.vocab_size, (n,), device=run.device)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=run.device).bfloat16().requires_grad_()
+        return torch.randn(shape, device=run.device).to(run.dtype).requires_grad_()
 
-    n, hidden = c.micro_batch_tokens, round(c.mlp_mult * c.model_dim)
-    targets = torch.randint(c.vocab_size, (n,), device=run.device)
-    return (
-        fusion_pays(softcapped_nll, (random(n, c.vocab_size), targets, c.logit_softcap), run),
-        fusion_pays(linear_leaky_square, (random(n, c.model_dim), random(hidden, c.model_dim), c.leaky_slope), run),
-    )
+    trials = {
+        "loss": Trial(softcapped_nll, (random(n, c.vocab_size), targets, c.logit_softcap), run),
+        "mlp": Trial(linear_leaky_square, (random(n, c.model_dim), random(hidden, c.model_dim), c.leaky_slope), run),
+    }
+    if by_trial:
+        return tuple(name for name, trial in trials.items() if trial.pays(name))
+    for name in c.kernels:
+        if fault := trials[name].fault():
+            raise InputError(f"KERNELS={show(c.kernels)}: Triton's {name} {fault}; allowed is 'auto'")
+    return c.kernels
 
 
-def fusion_pays(operation, inputs: tuple, run: Run) -> bool:
-    """Whether the fused form gives what the plain one, compiled, gives, and is faster, forward and backward."""
+class Trial:
+    """An operation in its plain and in its fused form, forward and backward, as the run would call it."""
 
-    def both_ways(fused: bool):
-        form = torch.compile(functools.partial(operation, fused=fused), dynamic=False, fullgraph=True)
-        learned = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
+    GAIN = 0.97  # of the plain form's time: nearer, the plain one stays
 
-        def call() -> list[Tensor]:
-            y = form(*inputs)
-            return [y, *torch.autograd.grad(y.sum(), learned)]
+    def __init__(self, operation, inputs: tuple, run: Run):
+        self.inputs, self.run = inputs, run
+        self.plain = run.wrap(lambda *inputs: operation(*inputs, fused=False))
+        self.fused = run.wrap(lambda *inputs: operation(*inputs, fused=True))
 
-        return call
+    def both_ways(self, form) -> list[Tensor]:
+        """The value and the gradients of its sum."""
+        y = form(*self.inputs)
+        learned = [x for x in self.inputs if isinstance(x, Tensor) and x.requires_grad]
+        return [y, *torch.autograd.grad(y.sum(), learned)]
 
-    try:
-        plain, fused = both_ways(False), both_ways(True)
-        alike = all(map(agree, fused(), plain()))
-        plain_ms, fused_ms = triton.testing.do_bench(plain), triton.testing.do_bench(fused)
-    except Exception as error:  # of a compiler: the plain form is always there
-        run.log(f"{operation.__name__}: plain, since Triton's form fails: {str(error).splitlines()[0]}")
-        return False
-    found = "" if alike else ", which differs and is not used"
-    run.log(f"{operation.__name__}: plain {plain_ms:.3f} ms, Triton {fused_ms:.3f} ms{found}")
-    return alike and fused_ms < plain_ms
+    def fault(self) -> str:
+        """Why the fused form cannot be used, or ""."""
+        try:
+            alike = all(map(agree, self.both_ways(self.fused), self.both_ways(self.plain)))
+        except Exception as error:  # whatever a compiler raises
+            return f"fails: {type(error).__name__} {str(error).partition(chr(10))[0]}"
+        return "" if alike else "differs from the plain form"
+
+    def pays(self, name: str) -> bool:
+        """Whether the fused form works and is faster; the log says which and why."""
+        if fault := self.fault():
+            self.run.log(f"kernel {name}: plain, since Triton's {fault}")
+            return False
+        forms = (self.plain, self.fused)
+        plain_ms, fused_ms = (triton.testing.do_bench(functools.partial(self.both_ways, form)) for form in forms)
+        self.run.log(f"kernel {name}: plain {plain_ms:.3f} ms, Triton {fused_ms:.3f} ms")
+        return fused_ms < self.GAIN * plain_ms
 
 
 # ======================================================================================================================
@@ -1242,7 +1270,7 @@ class Attention(nn.Module):
 
     def __init__(self, c: Config, layer: int, backend: str):
         super().__init__()
-        self.backend = backend
+        self.backend, self.flash_attn_3 = backend, find_flash_attention_3() if backend == "flash3" else None
         self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.model_dim // c.num_heads
         kv_dim = self.kv_heads * self.head_dim
         self.q, self.k, self.v = (Linear(c.model_dim, n) for n in (c.model_dim, kv_dim, kv_dim))
@@ -1264,7 +1292,7 @@ class Attention(nn.Module):
             v = mix[0] * v_first + mix[1] * v
         q, k = rotate(rms_norm(q), *rotary), rotate(rms_norm(k), *rotary)
         q = q * self.q_gain.to(q.dtype)[:, None]
-        y = attention(q, k, v, self.backend)
+        y = attention(q, k, v, self.backend, self.flash_attn_3)
         if self.exclusive:
             y = remove_own_value(y, v)
         return self.out(y.reshape(batch, seq_len, -1)), v_own
@@ -1295,7 +1323,7 @@ class Block(nn.Module):
         super().__init__()
         hidden = round(c.mlp_mult * c.model_dim)
         self.attn = Attention(c, layer, kernels.attention)
-        self.up = LeakySquareLinear(c.model_dim, hidden, c.leaky_slope, kernels.fused_mlp)
+        self.up = LeakySquareLinear(c.model_dim, hidden, c.leaky_slope, "mlp" in kernels.fused)
         self.down = Linear(hidden, c.model_dim)
         self.resid_mix = nn.Parameter(torch.stack([torch.ones(c.model_dim), torch.zeros(c.model_dim)]))
         self.attn_scale = nn.Parameter(torch.ones(c.model_dim))
@@ -1317,7 +1345,7 @@ class GPT(nn.Module):
     def __init__(self, c: Config, dtype: torch.dtype = torch.float32, kernels: Kernels = Kernels()):  # noqa: B008
         super().__init__()
         self.dtype, self.logit_softcap, self.ve_layers = dtype, c.logit_softcap, c.ve_layers
-        self.fused_loss = kernels.fused_loss
+        self.fused_loss = "loss" in kernels.fused
         self.tok_emb = nn.Embedding(c.vocab_size, c.model_dim)
         self.bigram = BigramEmbedding(c) if c.bigram_vocab_size else None
         self.smear = SmearGate(c) if c.smear_gate else None
@@ -1438,7 +1466,7 @@ class Muon:
 
     def __init__(self, params: list[nn.Parameter], config: Config, run: Run):
         self.config, self.run = config, run
-        shapes = sorted({p.shape for p in params}, key=lambda shape: -shape.numel())
+        shapes = sorted({p.shape for p in params}, key=lambda shape: (-shape.numel(), shape))
         self.banks = [[p for p in params if p.shape == shape] for shape in shapes]
         parts = [-(-len(bank) // run.world_size) for bank in self.banks]
         banks = zip(parts, self.banks, strict=True)
@@ -1523,10 +1551,9 @@ class Optimizers:
         Where the norm is not finite (a rare fault of cuDNN's attention backward, for one), the step has no gradient.
         """
         reduced = self.muon.reduce()
-        self.run.sum_gradients(self.small)
-        shards, small = [arriving.wait() for arriving in reduced], [p.grad for p in self.small]
-        square = self.run.sum(sum(grad.square().sum() for grad in shards)) + sum(g.square().sum() for g in small)
-        self.skipped += clip_gradients(shards + small, square.sqrt(), self.config.grad_clip_norm)
+        small, shards = self.run.sum_gradients(self.small), [arriving.wait() for arriving in reduced]
+        square = self.run.sum(sum(grad.square().sum() for grad in shards)) + small.square().sum()
+        self.skipped += clip_gradients([*shards, small], square.sqrt(), self.config.grad_clip_norm)
         updates = self.muon.orthogonalize(shards, muon_momentum)
         for group in self.adam.param_groups:
             group["lr"] = lr_scale * group["base_lr"]
@@ -1673,17 +1700,18 @@ def weights_replaced(params: list[nn.Parameter], replacements: list[Tensor]):
             torch._foreach_copy_(params, floats)
 
 
-RESERVE = 1.25  # times what a rehearsal took
+@contextmanager
+def state_restored(model: GPT, optimizers: Optimizers):
+    """Afterwards, weights and optimizers are as they were before."""
+    weights, state = [p.detach().clone() for p in model.parameters()], optimizers.state()
+    yield
+    with torch.no_grad():
+        torch._foreach_copy_(list(model.parameters()), weights)
+    optimizers.restore(state)
 
 
-def warm_up(model: GPT, called, optimizers: Optimizers, conclude, c: Config, run: Run) -> float:
-    """Compile everything that a step runs, on synthetic tokens, and then put all state back as it was.
-
-    Returns the seconds that the steps must leave for `conclude`: it is rehearsed and timed, on the weights that the
-    warm-up came to, if there is a MAX_WALLCLOCK_SECONDS. Raises InputError if that leaves nothing for the steps.
-    """
-    weights = [p.detach().clone() for p in model.parameters()]
-    state = optimizers.state()
+def warm_up(called, optimizers: Optimizers, c: Config, run: Run) -> None:
+    """Compile all that a step runs, on synthetic tokens."""
     generator = torch.Generator().manual_seed(c.seed)
     mine = run.share(c.batch_seqs)
     shape = (mine.stop - mine.start, c.train_seq_len + 1)
@@ -1691,22 +1719,25 @@ def warm_up(model: GPT, called, optimizers: Optimizers, conclude, c: Config, run
         batch = torch.randint(c.vocab_size, shape, generator=generator).to(run.device)
         accumulate_gradients(called, batch, None, c)
         optimizers.step(lr_scale=1.0, muon_momentum=c.muon_momentum)
-        batch_nats(called, batch, c)
         run.log(f"warmup_step:{step + 1}/{c.warmup_steps}")
-    reserve_seconds = rehearse(model, conclude, c, run) if c.max_wallclock_seconds else 0.0
-    with torch.no_grad():
-        torch._foreach_copy_(list(model.parameters()), weights)
-    optimizers.restore(state)
-    return reserve_seconds
+
+
+RESERVE = 1.25  # times what a rehearsal took
 
 
 def rehearse(model: GPT, conclude, c: Config, run: Run) -> float:
-    """Seconds to keep for what follows the last step. Raises InputError if MAX_WALLCLOCK_SECONDS has no more."""
+    """Seconds that the steps must leave for what follows them, measured on weights that only the warm-up has moved.
+
+    None without a MAX_WALLCLOCK_SECONDS. Raises InputError if that leaves nothing for the steps.
+    """
+    if not c.max_wallclock_seconds:
+        return 0.0
     averages = WeightAverages(model, c)
     averages.update(0, late=True)
-    clock = Clock(run)
-    with run.silent():
-        conclude(averages, None)
+    for _ in range(2 if run.compiles else 1):  # the first time compiles, and is not what it will take
+        clock = Clock(run)
+        with run.silent():
+            conclude(averages, None)
     seconds = RESERVE * run.max(clock.seconds())
     run.log(f"reserve: {seconds:.1f} s, {RESERVE} times what a rehearsal of all that follows the last step took")
     if seconds >= c.max_wallclock_seconds:
@@ -1750,7 +1781,9 @@ def train(model: GPT, conclude, path: Path | None, c: Config, run: Run, stream: 
     """
     loader, optimizers, called = TrainLoader(c, run), Optimizers(model, c, run), run.wrap(model)
     run.log(f"train_loader:dataset:{c.data_path} train_shards:{len(loader.shards)} sequences:{loader.n}")
-    reserve_seconds = warm_up(model, called, optimizers, conclude, c, run)
+    with state_restored(model, optimizers):
+        warm_up(called, optimizers, c, run)
+        reserve_seconds = rehearse(model, conclude, c, run)
     budget_seconds = c.max_wallclock_seconds - reserve_seconds
     clock = Clock(run)
     averages, weights = WeightAverages(model, c), complement_weights(loader, c, run.device)
@@ -1772,25 +1805,15 @@ def train(model: GPT, conclude, path: Path | None, c: Config, run: Run, stream: 
     batches.close()
     if step < c.iterations:
         run.log(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{step}/{c.iterations}")
-    parts = conclude(averages, path)
-    total = run.max(clock.seconds())
-    listed = " ".join(f"{name}:{seconds:.1f}" for name, seconds in parts.items())
-    limit = f" of {c.max_wallclock_seconds:g}" if c.max_wallclock_seconds else ""
-    run.log(f"train_seconds: steps:{elapsed:.1f} {listed} total:{total:.1f}{limit}")
+    seconds = dict(steps=round(elapsed, 3), **conclude(averages, path))
+    seconds |= dict(total=round(run.max(clock.seconds()), 3), reserve=round(reserve_seconds, 3))
+    run.log("train_seconds: " + " ".join(f"{part}:{value:.1f}" for part, value in seconds.items()))
     if run.device.type == "cuda":
         run.log(f"peak memory allocated: {torch.cuda.max_memory_allocated() // 2**20} MiB")
-    run.log(f"skipped_steps:{int(optimizers.skipped)} loader_stalls:{loader.stalls}")
-    return dict(
-        steps=step,
-        seconds=round(elapsed, 3),
-        **{f"{name}_seconds": seconds for name, seconds in parts.items()},
-        total_seconds=round(total, 3),
-        reserve_seconds=round(reserve_seconds, 3),
-        tokens=step * c.batch_tokens,
-        step_avg_ms=round(1000 * elapsed / step, 3),
-        skipped_steps=int(optimizers.skipped),
-        loader_stalls=loader.stalls,
-    )
+    counts = dict(skipped_steps=int(optimizers.skipped), loader_stalls=loader.stalls)
+    run.log(" ".join(f"{name}:{count}" for name, count in counts.items()))
+    step_avg_ms = round(1000 * elapsed / step, 3)
+    return dict(steps=step, tokens=step * c.batch_tokens, step_avg_ms=step_avg_ms, seconds=seconds, **counts)
 
 
 def out_of_time(step: int, elapsed_seconds: float, budget_seconds: float) -> bool:
@@ -2041,6 +2064,7 @@ def entropy_bits(counts: np.ndarray) -> float:
 
 LEAST_BITS = 1.2  # of a Gaussian weight at the coarsest step, two standard deviations
 FINENESS = (-64.0, 64.0)  # what is searched: every weight in the first class, and in the last if it has a gradient
+ATTEMPTS = 4  # to fit a size
 SLACK = 0.002  # of the bytes that an artifact may take; what it should leave free at most
 
 
@@ -2075,25 +2099,27 @@ def finest(params: dict[str, Tensor], costs: dict[str, Sensitivity], n_bytes: fl
     return low
 
 
-def fill(model: GPT, costs: dict[str, Sensitivity], mixer: Maxent, c: Config, tokenizer_sha256: str) -> Quantized:
+def fill(
+    model: GPT, costs: dict[str, Sensitivity], mixer: Maxent, c: Config, tokenizer_sha256: str, exhaust: bool = False
+) -> Quantized:
     """The finest quantization with which script and artifact fit TARGET_BYTES, of the few that are tried.
 
     What the file takes beside the entropy of the nearest levels hardly depends on the fineness: the first attempt tells
-    it, and the second leaves less than SLACK free unless many rows change their class at once. Raises InputError if
-    even the coarsest is too large.
+    it, and the second leaves less than SLACK free unless many rows change their class at once. `exhaust` makes all
+    attempts, for their time. Raises InputError if even the coarsest is too large.
     """
     raw = as_float16(dict(mixer.named_parameters()))  # fitted later, and then perhaps no longer compressible
     room = room_beside_script(c) - (len(raw) - len(compress(raw)))
     params = quantized_parameters(model)
     largest, best, asked = 0, None, 0.97 * room
-    for _ in range(8):
+    for _ in range(ATTEMPTS):
         fineness = finest(params, costs, asked)
         quantized = quantize(params, costs, fineness)
         n_bytes = len(pack(model, quantized, mixer, c, tokenizer_sha256))
         fits = n_bytes <= room
         if fits and n_bytes > largest:
             largest, best = n_bytes, quantized
-        if largest >= (1 - SLACK) * room or fineness == FINENESS[fits]:
+        if not exhaust and (largest >= (1 - SLACK) * room or fineness == FINENESS[fits]):
             break
         asked = asked if fits else min(asked, entropy_bytes(params, costs, fineness))
         asked += (1 - SLACK / 4) * room - n_bytes
@@ -2103,11 +2129,12 @@ def fill(model: GPT, costs: dict[str, Sensitivity], mixer: Maxent, c: Config, to
     return best
 
 
-def quantize_to_size(model: GPT, called, mixer: Maxent, c: Config, run: Run, tokenizer_sha256: str) -> Quantized:
-    """What the artifact will hold of the quantized parameters, alike on all ranks."""
-    loader = TrainLoader(c, run)
+def quantize_to_size(
+    model: GPT, called, loader: TrainLoader, mixer: Maxent, c: Config, run: Run, tokenizer_sha256: str, exhaust=False
+) -> Quantized:
+    """What the artifact will hold of the quantized parameters, alike on all ranks; `exhaust` as in `fill`."""
     costs = sensitivities(model, loader.first_sequences(c.gptq_tokens), run)
-    quantized = run.broadcast(fill, model, costs, mixer, c, tokenizer_sha256)
+    quantized = run.broadcast(fill, model, costs, mixer, c, tokenizer_sha256, exhaust)
     before = held_out_loss(called, loader, c, run)
     with with_weights(model, quantized):
         after = held_out_loss(called, loader, c, run)
@@ -2699,6 +2726,7 @@ class Frozen:
     def __init__(self, model, c: Config, run: Run, stride: int, temperature: float = 1.0):
         self.model, self.c, self.run = model, c, run
         self.stride, self.temperature = stride, temperature
+        self.compiled: dict[int, set[int]] = {}  # numbers of windows, by the rows that were asked for
         self.seen = 0  # positions of the stream before the next chunk
         self.context = torch.empty(0, dtype=torch.int64, device=run.device)  # the inputs just before it
 
@@ -2713,17 +2741,30 @@ class Frozen:
         known = F.pad(torch.cat([self.context, inputs]), (0, seq_len))
         offset = self.seen - len(self.context)  # position of known[0]
         passes = -(-len(starts) // max(1, self.c.micro_batch_tokens // seq_len))
-        batch = -(-len(starts) // passes)  # about as many windows in each: few shapes, none of them small
+        batch = -(-len(starts) // passes)  # about as many windows in each
         for b in range(0, len(starts), batch):
             start, low, high = starts[b : b + batch], lows[b : b + batch], highs[b : b + batch]
-            tokens = known[self.on_device(start[:, None] - offset + np.arange(seq_len))]
-            keep = int((start + seq_len - low).max())
+            size, keep = self.shape(len(start), int((start + seq_len - low).max()))
+            padded = np.pad(start, (0, size - len(start)), mode="edge")
+            tokens = known[self.on_device(padded[:, None] - offset + np.arange(seq_len))]
             window = np.repeat(np.arange(len(start)), high - low)  # of each position from low[0] to high[-1]
             column = np.arange(low[0], high[-1]) - start[window] - (seq_len - keep)
             logits = self.model(tokens, keep=keep)[self.on_device(window), self.on_device(column)]
             # In float64, so that what is left of a row's deviation from one is the rounding of its entries.
             logp[low[0] - first : high[-1] - first] = (logits / self.temperature).double().log_softmax(-1)
         return logp
+
+    def shape(self, n_windows: int, keep: int) -> tuple[int, int]:
+        """How many windows to give the model, and how many of their last rows to ask for, if so many are needed.
+
+        A compiled model is given what it has been compiled for, if that is enough: another shape takes half a minute.
+        """
+        if not self.run.compiles:
+            return n_windows, keep
+        keep = self.stride if keep <= self.stride else self.c.eval_seq_len
+        sizes = self.compiled.setdefault(keep, set())
+        sizes.add(min((size for size in sizes if size >= n_windows), default=n_windows))
+        return min(size for size in sizes if size >= n_windows), keep
 
     def on_device(self, index: np.ndarray) -> Tensor:
         return torch.from_numpy(index).to(self.run.device)
@@ -2742,7 +2783,8 @@ class Pace:
     """How many epochs of adaptation a chunk gets: as many as are set or, if the pass would end too late, fewer.
 
     The main rank decides, after each scored chunk, from the time that is left and from medians of what the latest
-    chunks took. So the clock, and no token, moves a prediction; the log and the record tell the epochs.
+    chunks took. So the clock and the stream's length, and no token, move a prediction: whoever decodes has to be told
+    the epochs, which are logged and recorded.
     """
 
     LATEST, UNTIMED, MARGIN = 9, 2, 0.97  # chunks that count; first ones that do not, since they compile; of the time
@@ -2779,14 +2821,19 @@ class Pace:
         if math.isinf(self.deadline):
             return self.most
         epochs = self.run.broadcast(self.affordable)
-        if epochs != (self.given or [self.most])[-1]:
-            self.run.log(f"ttt_epochs:{epochs} from chunk {len(self.given)} on, {self.left} chunks after it")
+        if epochs < min(self.given, default=self.most):
+            self.run.log(f"ttt_epochs:{epochs} at chunk {len(self.given)}, since {self.left} are to come")
         return epochs
+
+    @property
+    def summary(self) -> tuple[tuple[int, int], ...]:
+        """Epochs and how many chunks in a row had them, from the first chunk on."""
+        return tuple((epochs, len(list(group))) for epochs, group in itertools.groupby(self.given))
 
     def affordable(self) -> int:
         """Epochs for this chunk and for all that come after it."""
         if not self.learning:
-            return self.most
+            return self.most if self.said < self.deadline else 0
         left = self.deadline - self.said - self.left * statistics.median(self.scoring)
         return max(0, min(self.most, int(left / (self.left * statistics.median(self.learning)))))
 
@@ -2800,6 +2847,7 @@ class Adapting(Frozen):
 
     def __init__(self, model: GPT, c: Config, run: Run, tokenizer: Tokenizer, pace: Pace | None = None):
         self.pace = pace or Pace(c.ttt_epochs, run)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=run.device)  # steps whose gradient was not finite
         self.learner = copy.deepcopy(model)
         self.average = copy.deepcopy(model) if c.ttt_polyak else self.learner
         self.called = run.wrap(self.learner)
@@ -2851,9 +2899,8 @@ class Adapting(Frozen):
             micro = slice(first, min(first + micro_seqs, mine.stop))
             nll = self.called(inputs[micro], targets[micro])
             ((nll * weights[micro]).sum() / total_weight).backward()
-        self.run.sum_gradients(self.params)
-        grads = [p.grad for p in self.params]
-        clip_gradients(grads, torch.stack(torch._foreach_norm(grads)).norm(), self.c.ttt_grad_clip)
+        grads = self.run.sum_gradients(self.params)
+        self.skipped += clip_gradients([grads], grads.norm(), self.c.ttt_grad_clip)
         self.optimizer.step()
         if self.c.ttt_polyak:
             with torch.no_grad():
@@ -3012,7 +3059,7 @@ class Score:
     token_bytes: Tensor  # int64
     max_sum_error: float  # largest |sum of a row - 1|
     seconds: float
-    ttt_epochs: tuple[int, ...] = ()  # of each chunk that was learned from
+    ttt_epochs: tuple[tuple[int, int], ...] = ()  # and how many chunks in a row were learned from so often
 
     @property
     def val_loss(self) -> float:
@@ -3083,8 +3130,10 @@ def passes(stages: tuple[str, ...]) -> list[tuple[str, ...]]:
     """The stages of each pass over the stream: what the mixture mixes is scored on its way."""
     found: list[tuple[str, ...]] = []
     for stage in stages:
-        together = stage == "mixed" and found and found[-1] == ("ttt",)
-        found[-1:] = [("ttt", "mixed")] if together else [*found[-1:], (stage,)]
+        if stage == "mixed" and found[-1:] == [("ttt",)]:
+            found[-1] = ("ttt", "mixed")
+        else:
+            found.append((stage,))
     return found
 
 
@@ -3110,19 +3159,23 @@ def run_pass(stages: tuple[str, ...], predictor, stream: Stream, c: Config, run:
 
 
 def evaluate(model: GPT, mixer: Maxent, c: Config, run: Run, tokenizer: Tokenizer, stream: Stream) -> dict[str, Score]:
-    """Score the stream in each stage; those that adapt share what the others leave of MAX_EVAL_SECONDS."""
-    clock, results, todo = Clock(run), {}, passes(c.stages)
+    """Score the stream in each stage; those that adapt come last, and share what is then left of MAX_EVAL_SECONDS."""
+    clock, results = Clock(run), {}
+    todo = sorted(passes(c.stages), key=lambda stages: stages[-1] not in FROZEN_STAGES)
     for i, stages in enumerate(todo):
         left = c.max_eval_seconds - run.max(clock.seconds()) if c.max_eval_seconds else math.inf
-        adapting = sum(later[-1] not in FROZEN_STAGES for later in todo[i:])
-        n_chunks = -(-len(stream) // c.ttt_chunk_tokens)
-        pace = Pace(c.ttt_epochs, run, n_chunks, left / max(1, adapting))
+        pace = Pace(c.ttt_epochs, run, -(-len(stream) // c.ttt_chunk_tokens), left / (len(todo) - i))
         predictor = make_predictor(stages[-1], model, mixer, c, run, tokenizer, pace)
         for stage, result in run_pass(stages, predictor, stream, c, run).items():
-            results[stage] = dataclasses.replace(result, ttt_epochs=tuple(pace.given))
+            results[stage] = dataclasses.replace(result, ttt_epochs=pace.summary)
+        if pace.given and min(pace.given) < c.ttt_epochs:
+            run.log("ttt_epochs by chunk: " + ",".join(f"{epochs}*{times}" for epochs, times in pace.summary))
+        adapting = getattr(predictor, "neural", predictor)
+        if isinstance(adapting, Adapting):
+            run.log(f"ttt_skipped_steps:{int(adapting.skipped)}")
     limit = f" of {c.max_eval_seconds:g}" if c.max_eval_seconds else ""
     run.log(f"eval_seconds: {run.max(clock.seconds()):.1f}{limit}")
-    return results
+    return {stage: results[stage] for stage in c.stages}
 
 
 def stage_record(result: Score, stream: Stream) -> dict:
@@ -3135,7 +3188,7 @@ def stage_record(result: Score, stream: Stream) -> dict:
         documents=stream.documents,
         whole_stream=stream.whole,
         max_sum_error=result.max_sum_error,
-        ttt_epochs=[[epochs, len(list(group))] for epochs, group in itertools.groupby(result.ttt_epochs)],
+        ttt_epochs=result.ttt_epochs,
     )
 
 
@@ -3177,6 +3230,7 @@ def run_record(run_id, c: Config, run: Run, trained, artifact: dict, results: di
         config=dataclasses.asdict(dataclasses.replace(c, run_id=run_id)),
         hardware=run.hardware(),
         versions=versions(),
+        kernels=str(choose_kernels(c, run)),
         train=trained,
         artifact=artifact,
         stages=stages,
@@ -3218,7 +3272,10 @@ def log_results(record: dict, run: Run) -> None:
 def conclude(
     model: GPT, c: Config, run: Run, tokenizer_sha256: str, averages: WeightAverages, path: Path | None
 ) -> dict:
-    """All that follows the last step, up to the artifact at `path` (None = not kept); returns the seconds by part."""
+    """All that follows the last step, up to the artifact at `path`; returns the seconds by part.
+
+    Without a path it is a rehearsal, which takes as long as it ever can.
+    """
     called, mixer, loader, seconds = run.wrap(model), Maxent(c).to(run.device), TrainLoader(c, run), {}
 
     @contextmanager
@@ -3228,16 +3285,19 @@ def conclude(
         run.synchronize()
         seconds[part] = round(run.max(clock.seconds()), 3)
 
+    def write() -> None:
+        packed = pack(model, quantized, mixer, c, tokenizer_sha256)
+        if path:
+            write_atomically(path, packed)
+
     with timed("averaging"):
         choose_average(model, called, averages, loader, c, run)
     with timed("quantization"):
-        quantized = quantize_to_size(model, called, mixer, c, run, tokenizer_sha256)
+        quantized = quantize_to_size(model, called, loader, mixer, c, run, tokenizer_sha256, exhaust=path is None)
     with timed("calibration"), with_weights(model, quantized):
         calibrate(model, mixer, c, run)
     with timed("pack"):
-        packed = pack(model, quantized, mixer, c, tokenizer_sha256) if run.is_main else b""
-        if path and run.is_main:
-            write_atomically(path, packed)
+        run.broadcast(write)
     return seconds
 
 

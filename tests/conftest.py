@@ -202,6 +202,7 @@ class Alone(train_gpt.Run):
     def __init__(self):
         self.rank, self.world_size = 0, 1
         self.device, self.dtype, self.compiles = torch.device("cpu"), torch.float32, False
+        self.is_silent, self.last_event = False, None
 
     def log(self, text):
         pass

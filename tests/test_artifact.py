@@ -418,15 +418,28 @@ def test_maps_are_rounded_by_gptq_and_tables_to_the_nearest_levels(model, costs)
 def test_quantization_leaves_the_weights_and_says_what_it_costs(model, c):
     run, lines, before = Run(c), [], [p.detach().clone() for p in model.parameters()]
     run.log = lines.append
-    quantized, seconds = train_gpt.quantize_to_size(model, Maxent(c), with_room(c, 20_000), run, SHA)
-    assert set(quantized) == set(quantized_parameters(model)) and seconds > 0
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     loader, losses = train_gpt.TrainLoader(c, run), []
+    quantized = train_gpt.quantize_to_size(model, model, loader, Maxent(c), with_room(c, 20_000), run, SHA)
+    assert set(quantized) == set(quantized_parameters(model))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     losses.append(train_gpt.held_out_loss(model, loader, c, run))
     with train_gpt.with_weights(model, quantized):
         losses.append(train_gpt.held_out_loss(model, loader, c, run))
     assert lines[-1].startswith(f"quantization: float:{losses[0]:.5f} stored:{losses[1]:.5f} gap:")
     assert abs(losses[1] - losses[0]) > 1e-5
+
+
+def test_a_rehearsal_makes_every_attempt_that_a_run_may_make_and_comes_to_the_same(model, c, monkeypatch):
+    run, attempts, pack = Run(c), [], train_gpt.pack
+    monkeypatch.setattr(train_gpt, "pack", lambda *of: (attempts.append(len(attempts)), pack(*of))[1])
+    costs = train_gpt.sensitivities(model, train_gpt.TrainLoader(c, run).first_sequences(c.gptq_tokens), run)
+    sizes = []
+    for exhaust in (False, True):
+        attempts.clear()
+        quantized = train_gpt.fill(model, costs, Maxent(c), with_room(c, 20_000), SHA, exhaust)
+        sizes.append(len(pack(model, quantized, Maxent(c), c, SHA)))
+        assert len(attempts) == train_gpt.ATTEMPTS if exhaust else 1 < len(attempts) < train_gpt.ATTEMPTS
+    assert 0.97 * 20_000 < sizes[0] <= sizes[1] <= 20_000
 
 
 @pytest.mark.parametrize("target", [1, 100_000])

@@ -32,7 +32,7 @@ def refusal(env):
 def test_an_empty_environment_gives_the_declared_defaults():
     c = Config.from_env({})
     assert all(getattr(c, f.name) == f.default for f in FIELDS)
-    assert (c.num_layers, c.model_dim, c.vocab_size, c.eval_stride) == (11, 512, 1024, 64)
+    assert (c.num_layers, c.model_dim, c.vocab_size, c.eval_stride) == (11, 512, 1024, 256)
 
 
 @pytest.mark.parametrize(

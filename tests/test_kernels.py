@@ -3,12 +3,14 @@
 On a CPU, Triton's kernels run in its interpreter; what they compile to for a GPU is looked at without one.
 """
 
+import functools
 import importlib.util
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton; requirem
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="kernels are compiled here, not interpreted: see tests/gpu"
 )
-FUSED = Kernels(fused_loss=True, fused_mlp=True)
+FUSED = Kernels(fused=("loss", "mlp"))
 
 
 def naive_attention(q, k, v):
@@ -46,15 +48,14 @@ def test_attention_equals_its_definition_with_grouped_heads(backend):
     torch.testing.assert_close(found.double(), naive_attention(q, k, v), atol=1e-5, rtol=0)
 
 
-def test_flash_attention_3_is_called_with_its_own_layout(monkeypatch):
+def test_flash_attention_3_is_called_with_its_own_layout():
     q, k, v = torch.randn(1, 5, 2, 8), torch.randn(1, 5, 1, 8), torch.randn(1, 5, 1, 8)
 
     def stand_in(q, k, v, causal, deterministic):
         assert causal and not deterministic
         return naive_attention(q, k, v).float(), "log-sum-exp"
 
-    monkeypatch.setattr(train_gpt, "find_flash_attention_3", lambda: stand_in)
-    found = train_gpt.attention(q, k, v, "flash3")
+    found = train_gpt.attention(q, k, v, "flash3", stand_in)
     torch.testing.assert_close(found, train_gpt.attention(q, k, v), atol=1e-5, rtol=0)
 
 
@@ -64,7 +65,7 @@ def attention_without(monkeypatch):
     whole = train_gpt.attention
 
     def install(faults):
-        def attention(q, k, v, backend="math"):
+        def attention(q, k, v, backend="math", flash_attn_3=None):
             y = whole(q, k, v, "math")
             return faults[backend](y) if backend in faults else y
 
@@ -108,7 +109,7 @@ def test_attention_that_is_asked_for_and_does_not_work_is_refused(tiny_config, a
 def test_what_is_chosen_here_is_named_and_works(tiny_config):
     c = tiny_config()
     chosen = choose_kernels(c, Alone())
-    assert str(chosen) == f"attention:{chosen.attention} loss:plain mlp:plain"
+    assert str(chosen) == f"attention:{chosen.attention} triton:none"
     tokens = random_tokens(c)
     plain, other = build(c), GPT(c, kernels=chosen)
     other.load_state_dict(plain.state_dict())
@@ -117,36 +118,51 @@ def test_what_is_chosen_here_is_named_and_works(tiny_config):
 
 def test_triton_is_refused_where_it_cannot_run(tiny_config, monkeypatch):
     monkeypatch.setattr(train_gpt, "triton", None)
-    with pytest.raises(InputError, match="KERNELS=triton"):
-        choose_kernels(tiny_config(kernels="triton"), Alone())
-    assert choose_kernels(tiny_config(kernels="auto"), Alone()) == choose_kernels(tiny_config(kernels="plain"), Alone())
+    with pytest.raises(InputError, match="KERNELS=loss,mlp: needs Triton"):
+        choose_kernels(tiny_config(kernels=("loss", "mlp")), Alone())
+    assert choose_kernels(tiny_config(), Alone()).fused == choose_kernels(tiny_config(kernels=()), Alone()).fused == ()
 
 
-@pytest.mark.parametrize("faster", [True, False])
-@pytest.mark.parametrize("right", [True, False])
-def test_a_fused_form_is_used_if_it_agrees_and_is_faster(monkeypatch, right, faster):
-    lines, run, milliseconds = [], Alone(), iter([2.0, 1.0] if faster else [1.0, 2.0])
+@needs_triton
+@interpreted
+def test_named_kernels_are_used_if_they_work_and_refused_if_not(tiny_config, monkeypatch):
+    assert choose_kernels(tiny_config(kernels=("mlp", "loss")), Alone()).fused == ("mlp", "loss")
+    monkeypatch.setattr(train_gpt, "softcapped_nll", operation_that("differs"))
+    with pytest.raises(InputError, match="KERNELS=loss: Triton's loss differs from the plain form"):
+        choose_kernels(tiny_config(kernels=("loss",)), Alone())
+    assert choose_kernels(tiny_config(kernels=("mlp",)), Alone()).fused == ("mlp",)
+
+
+def operation_that(fault):
+    """An operation whose fused form is right, differs or fails."""
+
+    def operation(x, *_, fused=False):
+        if fused and fault == "fails":
+            raise RuntimeError("out of resource: shared memory\nand more")
+        return x.exp() * (1.5 if fused and fault == "differs" else 1.0)
+
+    return operation
+
+
+@pytest.mark.parametrize(
+    ("fault", "fused_ms", "used", "said"),
+    [
+        ("", 1.0, True, "kernel x: plain 2.000 ms, Triton 1.000 ms"),
+        ("", 1.99, False, "kernel x: plain 2.000 ms, Triton 1.990 ms"),
+        ("differs", 1.0, False, "kernel x: plain, since Triton's differs from the plain form"),
+        ("fails", 1.0, False, "kernel x: plain, since Triton's fails: "),
+    ],
+)
+def test_a_fused_form_is_used_if_it_works_and_is_clearly_faster(monkeypatch, fault, fused_ms, used, said):
+    """Both forms are compiled for the trial, as in a run on a GPU; here that only traces them."""
+    lines, run, milliseconds = [], Alone(), iter([2.0, fused_ms])
     run.log = lines.append
-
-    def operation(x, fused=False):
-        return x * (1.0 if right or not fused else 1.5)
-
-    monkeypatch.setattr(train_gpt.torch, "compile", lambda form, **_: form)
-    bench = type("testing", (), {"do_bench": staticmethod(lambda form: next(milliseconds))})
-    monkeypatch.setattr(train_gpt, "triton", type("triton", (), {"testing": bench}))
-    assert train_gpt.fusion_pays(operation, (torch.ones(3, requires_grad=True),), run) == (right and faster)
-    assert len(lines) == 1 and ("differs" in lines[0]) != right
-
-
-def test_a_fused_form_that_does_not_compile_is_not_used():
-    lines, run = [], Alone()
-    run.log = lines.append
-
-    def operation(x, fused=False):
-        raise RuntimeError("out of resource: shared memory\nand more")
-
-    assert not train_gpt.fusion_pays(operation, (torch.ones(3, requires_grad=True),), run)
-    assert len(lines) == 1 and lines[0].startswith("operation: plain, since Triton's form fails: ")
+    run.wrap = functools.partial(torch.compile, backend="aot_eager", fullgraph=True, dynamic=False)
+    bench = SimpleNamespace(testing=SimpleNamespace(do_bench=lambda form: (form(), next(milliseconds))[1]))
+    monkeypatch.setattr(train_gpt, "triton", bench)
+    trial = train_gpt.Trial(operation_that(fault), (torch.ones(3, requires_grad=True),), run)
+    assert trial.pays("x") == used
+    assert len(lines) == 1 and lines[0].startswith(said)
 
 
 def both_ways(operation, inputs, learned, fused):

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import json
 import math
+import re
 
 import pytest
 import torch
@@ -333,7 +335,7 @@ EPOCHS = dict(ttt_epochs=3, ttt_chunk_tokens=128, ttt_batch_tokens=128, ttt_lr=0
 def test_with_time_enough_every_chunk_has_its_epochs(world, virtual_time, monkeypatch):
     n = -(-len(world[3]) // 128)
     result, lines, seconds = evaluated(world, virtual_time, monkeypatch, 1.0, 1.0, max_eval_seconds=5.0 * n, **EPOCHS)
-    assert result.ttt_epochs == (3,) * (n - 1) and seconds == n + 3 * (n - 1)
+    assert result.ttt_epochs == ((3, n - 1),) and seconds == n + 3 * (n - 1)
     assert not any(line.startswith("ttt_epochs") for line in lines)
 
 
@@ -346,22 +348,77 @@ def test_adaptation_gives_way_so_that_the_pass_ends_in_time(world, virtual_time,
     settings = dict(max_eval_seconds=limit, **EPOCHS)
     result, lines, seconds = evaluated(world, virtual_time, monkeypatch, slower(0.8), slower(1.0), **settings)
     assert 0.85 * limit < seconds <= limit
-    assert result.ttt_epochs[0] == 3 > min(result.ttt_epochs) and len(result.ttt_epochs) == n - 1
-    changes = [
-        (i, now)
-        for i, (was, now) in enumerate(zip((3, *result.ttt_epochs), result.ttt_epochs, strict=False))
-        if was != now
-    ]
-    said = [line.split() for line in lines if line.startswith("ttt_epochs")]
-    assert [(int(words[3]), int(words[0].split(":")[1])) for words in said] == changes
-    record = train_gpt.stage_record(result, world[3])["ttt_epochs"]
-    assert [epochs for epochs, times in record for _ in range(times)] == list(result.ttt_epochs)
+    given = epochs_of(result)
+    assert given[0] == 3 > min(given) and len(given) == n - 1
+    lowered = [(i, epochs) for i, epochs in enumerate(given) if epochs < min((3, *given[:i]))]
+    said = [re.match(r"ttt_epochs:(\d+) at chunk (\d+), ", line) for line in lines]
+    assert [(int(match[2]), int(match[1])) for match in said if match] == lowered
+    assert "ttt_epochs by chunk: " + ",".join(f"{epochs}*{times}" for epochs, times in result.ttt_epochs) in lines
+    assert json.loads(json.dumps(train_gpt.stage_record(result, world[3])))["ttt_epochs"] == list(
+        map(list, result.ttt_epochs)
+    )
+
+
+def epochs_of(result):
+    """Of each chunk that was learned from."""
+    return tuple(epochs for epochs, times in result.ttt_epochs for _ in range(times))
+
+
+def test_a_pass_that_begins_too_late_adapts_no_more(world, virtual_time, monkeypatch):
+    result, _, _ = evaluated(world, virtual_time, monkeypatch, 5.0, 1.0, max_eval_seconds=1.0, **EPOCHS)
+    assert set(epochs_of(result)) == {0}
+
+
+def test_stages_that_do_not_adapt_come_first_whatever_the_order(world, virtual_time, monkeypatch):
+    """So that adaptation knows what is left; the last one named is still the run's."""
+    n = -(-len(world[3]) // 128)
+    settings = dict(max_eval_seconds=4.0 * n, val_batch_size=128, **EPOCHS) | dict(stages=("ttt", "sliding"))
+    config, model, tokenizer, stream = world
+    c, began = dataclasses.replace(config, **settings), virtual_time.now
+    monkeypatch.setattr(Frozen, "predict", virtual_time.costs(Frozen.predict, 1.0))
+    monkeypatch.setattr(Adapting, "step", virtual_time.costs(Adapting.step, 1.0))
+    results = train_gpt.evaluate(model, random_maxent(c).float(), c, Alone(), tokenizer, stream)
+    assert list(results) == ["ttt", "sliding"] and virtual_time.now - began <= 4.0 * n
+    assert 0 < min(epochs_of(results["ttt"])) < 3 and results["sliding"].ttt_epochs == ()
+
+
+def test_adaptation_counts_the_steps_whose_gradient_is_not_finite(world):
+    _, _, _, stream = world
+    adapting = predictor_of("ttt", world)
+    before = [p.detach().clone() for p in adapting.params]
+    inputs, targets, weights = adapting.training_sequences(stream.tokens[:65])
+    adapting.step(inputs, targets, weights * float("nan"))
+    assert int(adapting.skipped) == 1
+    assert all(torch.equal(a, b) for a, b in zip(before, adapting.params, strict=True))
+
+
+def test_a_compiled_model_meets_few_shapes_and_gives_the_same_rows(world):
+    """A batch of windows is filled up to a size that was there before; what is added changes no row."""
+    config, model, _, stream = world
+    c = dataclasses.replace(config, micro_batch_tokens=6 * config.eval_seq_len)
+    shapes, seen, plain, compiled = set(), [], Frozen(model, c, Alone(), c.eval_stride), Alone()
+
+    def called(tokens, keep):
+        shapes.add((*tokens.shape, keep))
+        return model(tokens, keep=keep)
+
+    compiled.compiles = True
+    padded = Frozen(called, c, compiled, c.eval_stride)
+    for chunk in stream.chunks(96):
+        rows = slice(0, len(chunk.inputs))
+        expected = plain.predict(chunk.inputs, rows)
+        torch.testing.assert_close(padded.predict(chunk.inputs, rows), expected, atol=1e-5, rtol=1e-5)
+        for predictor in (plain, padded):
+            predictor.update(chunk.tokens)
+        seen.append(set(shapes))
+    assert seen[-1] == seen[1] and len(shapes) <= 3  # the last chunk, which is shorter, compiles nothing either
+    assert {keep for *_, keep in shapes} == {c.eval_stride, c.eval_seq_len}
 
 
 def test_a_run_that_is_told_the_epochs_gives_the_same_score(world, virtual_time, monkeypatch):
     n = -(-len(world[3]) // 128)
     first, _, _ = evaluated(world, virtual_time, monkeypatch, 1.0, 1.0, max_eval_seconds=2.5 * n, **EPOCHS)
-    again, _, _ = evaluated(world, virtual_time, monkeypatch, 0.0, 0.0, told=first.ttt_epochs, **EPOCHS)
+    again, _, _ = evaluated(world, virtual_time, monkeypatch, 0.0, 0.0, told=epochs_of(first), **EPOCHS)
     assert again.ttt_epochs == first.ttt_epochs and torch.equal(again.nll_nats, first.nll_nats)
 
 

@@ -315,7 +315,7 @@ def test_a_batch_that_is_waited_for_is_a_stall_and_the_first_is_none(counting, m
             done = ready[step] if step < len(ready) else True
             return SimpleNamespace(done=lambda: done, result=lambda: make(step))
 
-    monkeypatch.setattr(train_gpt, "ThreadPoolExecutor", lambda _: nullcontext(Reader()))
+    monkeypatch.setattr(train_gpt, "ThreadPoolExecutor", lambda *_, **__: nullcontext(Reader()))
     ahead = loader.batches()
     found = [(torch.equal(next(ahead), loader.batch(step)), loader.stalls) for step in range(5)]
     assert found == [(True, 0), (True, 0), (True, 1), (True, 1), (True, 2)]

@@ -562,10 +562,11 @@ def time(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """Training with all that belongs to it, and evaluation, within 600 s each where the hardware is a GPU."""
     if subject.training is None:
         return False, "no record of the training was given"
-    t = subject.training["train"]
-    parts = dict(steps=t["seconds"])
-    parts |= {name: t[f"{name}_seconds"] for name in ("averaging", "quantization", "calibration", "pack")}
-    spent = dict(training=max(t["total_seconds"], sum(parts.values())), evaluation=subject.stated["seconds"])
+    if not isinstance(subject.training["train"]["seconds"], dict):
+        return False, "the record of the training is of another script: it has no seconds by part"
+    parts = dict(subject.training["train"]["seconds"])
+    total, _ = parts.pop("total"), parts.pop("reserve")
+    spent = dict(training=max(total, sum(parts.values())), evaluation=subject.stated["seconds"])
     hardware = dict(training=subject.training["hardware"], evaluation=subject.record["hardware"])
     over = [name for name, seconds in spent.items() if seconds > LIMIT_SECONDS and "on CPU" not in hardware[name]]
     listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())

@@ -13,9 +13,9 @@ exact zeros for later positions, a matrix product's sums run over channels and n
 compares integers, and the mixer's network runs on blocks of one size, in which an entry's place depends on earlier
 rows only. What is done number by number (exp, log) gives the same bits wherever in a tensor the number stands.
 `update` is given equal tensors on both sides and is the same function of them on CPU; on CUDA,
-torch.use_deterministic_algorithms picks kernels that add in a fixed order, and nothing is compiled, because
-autotuning may choose differently in each process. None of this is taken on trust: where it failed, the checksum would
-tell.
+torch.use_deterministic_algorithms picks kernels that add in a fixed order, and nothing is compiled or chosen by
+its speed, which may turn out differently in each process. None of this is taken on trust: where it failed, the
+checksum would tell.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ UNKNOWN = 0  # stands where the decoder knows no token yet
 
 def in_force(artifact: str | Path, data: str | Path, **overrides) -> tuple[Config, dict, dict[str, bytes]]:
     """The settings that the artifact is scored with here, its header and its parts. Raises InputError."""
-    given = dict(PHASE="eval", ARTIFACT_PATH=artifact, DATA_PATH=data, TORCH_COMPILE=0, **overrides)
+    given = dict(PHASE="eval", ARTIFACT_PATH=artifact, DATA_PATH=data, TORCH_COMPILE=0, KERNELS="", **overrides)
     env = {**os.environ, **{name: str(value) for name, value in given.items()}}
     if env.get("WORLD_SIZE", "1") != "1":
         raise InputError(f"WORLD_SIZE={env['WORLD_SIZE']}: allowed is 1; run this with python, not with torchrun")
@@ -171,7 +171,7 @@ def decode(predictor, data: bytes, bos_id: int, chunk_tokens: int, device: torch
 def epochs_by_chunk(text: str) -> tuple[int, ...]:
     """What a run gave its chunks, from "3*12,2*40": 12 chunks of 3 epochs, then 40 of 2. Raises InputError."""
     parts = [part.partition("*") for part in text.split(",") if part]
-    if not all(epochs.isdigit() and times.isdigit() for epochs, _, times in parts):
+    if not all(epochs.isdecimal() and times.isdecimal() for epochs, _, times in parts):
         raise InputError(f"--epochs={text}: allowed are pairs of epochs and chunks such as 3*12,2*40")
     return tuple(int(epochs) for epochs, _, times in parts for _ in range(int(times)))
 
