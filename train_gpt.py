@@ -4,10 +4,10 @@
     PRESET=smoke torchrun --standalone --nproc_per_node=2 train_gpt.py   # minutes on two CPU cores
     PHASE=eval ARTIFACT_PATH=logs/x.artifact python train_gpt.py     # score an artifact that exists
 
-The file reads in the order in which data flows: settings, process and clock, text, model, optimizers, training,
-artifact, n-gram experts, mixing, scoring, main. A score is valid because of one interface: `predict` is handed the
-tokens before each position and never a target, `score` is the only place where a row is charged for the token
-that came, and `update` learns from a chunk after its score is fixed.
+The file reads in the order in which data flows: settings, process and clock, text, kernels, model, optimizers,
+training, artifact, n-gram experts, mixing, scoring, main. A score is valid because of one interface: `predict` is
+handed the tokens before each position and never a target, `score` is the only place where a row is charged for the
+token that came, and `update` learns from a chunk after its score is fixed.
 """
 
 from __future__ import annotations

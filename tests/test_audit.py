@@ -178,7 +178,7 @@ def mixture_weights_of_each_rank(stage, model, mixer, c, run, tokenizer, pace=No
     """Each rank takes its mixer's step on its own rows only (#700)."""
     predictor = train_gpt.make_predictor(stage, model, mixer, c, run, tokenizer)
     predictor.fitter.run = copy.copy(run)
-    predictor.fitter.run.world_size = 1
+    predictor.fitter.run.sum = lambda tensor: tensor
     return predictor
 
 

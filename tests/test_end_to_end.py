@@ -162,7 +162,8 @@ def test_the_log_says_what_storing_costs_in_nats(whole_run):
 def test_the_record_has_every_key(whole_run):
     record = whole_run.record
     assert set(record) == {
-        *("run_id", "seed", "config", "hardware", "versions", "train", "artifact", "stages", "final_stage", "val_bpb")
+        *("run_id", "seed", "config", "hardware", "versions", "kernels", "train", "artifact", "stages"),
+        *("final_stage", "val_bpb"),
     }
     assert {"steps", "seconds", "tokens", "step_avg_ms"} <= set(record["train"])
     assert {"path", "code_bytes", "model_bytes", "total_bytes", "cap_bytes"} <= set(record["artifact"])

@@ -262,7 +262,7 @@ for found in (
 
 @needs_triton
 def test_the_kernels_compile_for_a_hopper_gpu(tmp_path):
-    """No GPU is needed for that: tensor cores are used, nothing spills in PTX, and shared memory suffices."""
+    """No GPU is needed for that: the product is on tensor cores, PTX has no local memory, shared memory suffices."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= dict(PYTHONPATH=str(ROOT), TRITON_CACHE_DIR=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", COMPILE], env=env, capture_output=True, text=True, timeout=300)

@@ -9,7 +9,8 @@ python tools/bench.py data --data D               # the loader alone: tokens/s, 
 python tools/bench.py score --artifact A --data D  # sliding windows: bits per byte and tokens/s by context and stride
 python tools/bench.py ttt --artifact A --data D   # adaptation: bits per byte and tokens/s by stride and epochs
 
-The last five read their settings from the environment too and, but for --peer, also run under torchrun.
+All but `worth` take other settings from the environment or, as `mixer`, have options for them. `train` without a peer,
+`data`, `score`, `ttt` and `mixer` also run under torchrun.
 """
 
 from __future__ import annotations
@@ -76,10 +77,10 @@ def open_artifact(args, env: dict[str, str]) -> tuple[Config, dict[str, bytes], 
     return c, parts, tokenizer
 
 
-def headline(measured: str, c: Config, run: Run) -> None:
+def headline(measured: str, run: Run, kernels: train_gpt.Kernels | None = None) -> None:
     """What was measured, and on what."""
     place = f"{run.hardware()}, torch {torch.__version__}, {str(run.dtype).removeprefix('torch.')}"
-    run.log(f"# {place}, {train_gpt.choose_kernels(c, run)}, world size {run.world_size}: {measured}")
+    run.log(f"# {place}, {f'{kernels}, ' if kernels else ''}world size {run.world_size}: {measured}")
 
 
 def extent(args, stream: train_gpt.Stream) -> str:
@@ -1060,7 +1061,8 @@ def bench_train(args, run: Run) -> None:
     if args.profile and Path(args.profile).exists():
         raise InputError(f"--profile={args.profile}: exists and would be overwritten; choose another name")
     c = from_environment(args)
-    headline(f"{args.steps} training steps of {c.batch_tokens} tokens after {args.warmup} untimed ones", c, run)
+    measured = f"{args.steps} training steps of {c.batch_tokens} tokens after {args.warmup} untimed ones"
+    headline(measured, run, train_gpt.choose_kernels(c, run))
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of the choice of kernels
     stepper = Stepper(c, run)
@@ -1217,7 +1219,7 @@ def logged_steps(script: Path, env: dict[str, str], nproc: int, last: int) -> li
 
 
 def end(process: subprocess.Popen) -> None:
-    """Stop torchrun, which takes up to half a minute to stop its workers: they are in sessions of their own."""
+    """Stop torchrun, which takes up to half a minute to stop its workers: each is the leader of a group of its own."""
     for number, patience_seconds in ((signal.SIGTERM, 60), (signal.SIGKILL, 10)):
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, number)
@@ -1255,8 +1257,9 @@ def bench_peer(args, run: Run) -> None:
     with tempfile.TemporaryDirectory() as folder:
         link_shards(c, Path(folder))
         shared = shared_settings(args, c, Path(folder), kernels.attention)
-        steps = f"{shared.iterations} steps of {c.batch_tokens} tokens, timed behind the first {args.warmup}"
-        headline(f"{args.pairs} pairs of processes under torchrun, {args.nproc} rank(s) each, {steps}", c, run)
+        steps = f"{shared.iterations} steps of {c.batch_tokens} tokens, the first {args.warmup} or more untimed"
+        measured = f"{args.pairs} pairs of processes under torchrun, {args.nproc} rank(s) each, {steps}"
+        headline(measured, run, kernels)
         if train_gpt.find_flash_attention_3() is None:
             backend = train_gpt.SDPA_BACKENDS[kernels.attention].name
             (Path(folder) / "flash_attn_interface.py").write_text(FLASH_ATTENTION_STAND_IN.format(backend))
@@ -1290,7 +1293,7 @@ def measure_pair(pair: int, scripts: dict[str, Path], args, c: Config, run: Run)
 def bench_data(args, run: Run) -> None:
     """What the loader can do at most, and whether anyone waits for it at a given rate."""
     c = from_environment(args)
-    headline(f"the loader, batches of {c.batch_tokens} tokens over all ranks, {args.seconds:g} s each way", c, run)
+    headline(f"the loader, batches of {c.batch_tokens} tokens over all ranks, {args.seconds:g} s each way", run)
     rates = unpaced_rates(c, run, args.seconds)
     middle, least = run.sum(torch.tensor([statistics.median(rates), min(rates)], dtype=torch.float64)).tolist()
     span = f"slowest batch {least / 1e6:.2f}, spread {spread(rates):.1%} over {len(rates)} batches"
@@ -1340,10 +1343,10 @@ SHORTEST_STRIDE, EPOCHS = 64, (0, 1, 2, 3)
 
 
 class Timed:
-    """A predictor whose learning is timed; what else a pass takes is scoring."""
+    """A predictor whose updates are timed; what else a pass takes is scoring."""
 
     def __init__(self, predictor, run: Run):
-        self.predictor, self.run, self.stride, self.learning_seconds = predictor, run, predictor.stride, 0.0
+        self.predictor, self.run, self.stride, self.update_seconds = predictor, run, predictor.stride, 0.0
 
     def predict(self, inputs: Tensor, rows: slice) -> Tensor:
         return self.predictor.predict(inputs, rows)
@@ -1352,7 +1355,7 @@ class Timed:
         clock = train_gpt.Clock(self.run)
         self.predictor.update(tokens)
         self.run.synchronize()
-        self.learning_seconds += clock.seconds()
+        self.update_seconds += clock.seconds()
 
 
 class Scored:
@@ -1364,7 +1367,8 @@ class Scored:
         longest = max(rows, key=lambda c: c.eval_seq_len)  # its positions hold for all
         self.run, self.tokenizer, self.stream = run, tokenizer, train_gpt.Stream(longest, run.device, tokenizer)
         self.model, self.mixer = train_gpt.unpack(parts, longest, run)
-        headline(f"{Path(args.artifact).name} on {extent(args, self.stream)}, stage {args.stage}", longest, run)
+        measured = f"{Path(args.artifact).name} on {extent(args, self.stream)}, stage {args.stage}"
+        headline(measured, run, train_gpt.choose_kernels(longest, run))
 
     def head(self, n_tokens: int) -> train_gpt.Stream:
         """The first positions of the stream."""
@@ -1373,20 +1377,22 @@ class Scored:
         return part
 
     def measure(self, stage: str, c: Config) -> tuple[train_gpt.Score, float]:
-        """The score under some settings, and the seconds of it that went into learning.
+        """The score under some settings, and the seconds of it that updates took.
 
-        A pass over a stream with the same first, middle and last chunk comes before it, since what is compiled is
-        compiled for one shape.
+        Where the model is compiled, a pass over a stream with the same first, middle and last chunk comes before it.
         """
+        chunk_tokens = train_gpt.chunk_length(stage, c)
         if self.run.compiles:
             torch.compiler.reset()  # the shapes of other rows would count against its limit
-        chunk_tokens = train_gpt.chunk_length(stage, c)
-        warm_tokens = min(len(self.stream), self.WARM_CHUNKS * chunk_tokens + len(self.stream) % chunk_tokens)
-        for stream in (self.head(warm_tokens), self.stream):
-            made = train_gpt.make_predictor(stage, self.model, self.mixer, c, self.run, self.tokenizer)
-            predictor = Timed(made, self.run)
-            result = train_gpt.score(predictor, stream, chunk_tokens, self.run)
-        return result, self.run.max(predictor.learning_seconds)
+            self.one_pass(stage, c, self.head(self.WARM_CHUNKS * chunk_tokens + len(self.stream) % chunk_tokens))
+        return self.one_pass(stage, c, self.stream)
+
+    def one_pass(self, stage: str, c: Config, stream: train_gpt.Stream) -> tuple[train_gpt.Score, float]:
+        """The same over a stream."""
+        made = train_gpt.make_predictor(stage, self.model, self.mixer, c, self.run, self.tokenizer)
+        predictor = Timed(made, self.run)
+        result = train_gpt.score(predictor, stream, train_gpt.chunk_length(stage, c), self.run)
+        return result, self.run.max(predictor.update_seconds)
 
 
 def window_settings(c: Config, contexts: list[int], strides: list[int]) -> list[Config]:
@@ -1401,7 +1407,8 @@ def window_settings(c: Config, contexts: list[int], strides: list[int]) -> list[
         fitting = sorted((stride for stride in chosen if stride <= context), reverse=True)
         found += [dataclasses.replace(c, eval_seq_len=context, eval_stride=stride) for stride in fitting]
     if not found:
-        raise InputError(f"--strides={train_gpt.show(tuple(strides))}: allowed are strides up to the context")
+        given = f"--contexts={train_gpt.show(tuple(contexts))} --strides={train_gpt.show(tuple(strides))}"
+        raise InputError(f"{given}: allowed are strides up to the context")
     return found
 
 
@@ -1435,18 +1442,18 @@ def bench_ttt(args, run: Run) -> None:
     rows = [dataclasses.replace(window, ttt_epochs=epochs) for window in windows for epochs in args.epochs or EPOCHS]
     scored = Scored(args, rows, parts, tokenizer, run)
     run.log(
-        f"{'stride':>6} {'epochs':>6} {'forward':>8} {'val_bpb':>9}   {'seconds':>8} {'scoring':>8} {'learning':>8} "
+        f"{'stride':>6} {'epochs':>6} {'forward':>8} {'val_bpb':>9}   {'seconds':>8} {'scoring':>8} {'update':>8} "
         f"{'tokens/s':>10}"
     )
     cheaper: list[tuple[float, float]] = []  # or as cheap
     for row in sorted(rows, key=forward_equivalents):
-        result, learning = scored.measure(args.stage, row)
+        result, update = scored.measure(args.stage, row)
         cost, bpb, seconds = forward_equivalents(row), result.val_bpb, result.seconds
         star = " " if any(x < cost and y < bpb for x, y in cheaper) else "*"
         cheaper.append((cost, bpb))
         run.log(
             f"{row.eval_stride:6d} {row.ttt_epochs:6d} {cost:8.2f} {bpb:9.5f} {star} {seconds:8.1f} "
-            f"{seconds - learning:8.1f} {learning:8.1f} {len(scored.stream) / seconds:10.0f}"
+            f"{seconds - update:8.1f} {update:8.1f} {len(scored.stream) / seconds:10.0f}"
         )
 
 
@@ -1511,13 +1518,17 @@ def data_options(parser) -> None:
 def score_options(parser) -> None:
     stream_options(parser)
     parser.add_argument("--contexts", type=whole_numbers, default=[], help="[the artifact's EVAL_SEQ_LEN]")
-    parser.add_argument("--strides", type=whole_numbers, default=[], help="[halves of the context down to 64]")
+    parser.add_argument(
+        "--strides", type=whole_numbers, default=[], help="[halves of the context down to 64, and the artifact's own]"
+    )
     parser.set_defaults(stage="sliding")
 
 
 def ttt_options(parser) -> None:
     stream_options(parser)
-    parser.add_argument("--strides", type=whole_numbers, default=[], help="[halves of the context down to 64]")
+    parser.add_argument(
+        "--strides", type=whole_numbers, default=[], help="[halves of the context down to 64, and the artifact's own]"
+    )
     parser.add_argument("--epochs", type=whole_numbers, default=[], help=f"[{train_gpt.show(EPOCHS)}]")
     parser.add_argument("--stage", choices=("ttt", "mixed"), default="ttt", help="[ttt]")
 
