@@ -2787,7 +2787,7 @@ class Pace:
     the epochs, which are logged and recorded.
     """
 
-    LATEST, UNTIMED, MARGIN = 9, 2, 0.97  # chunks that count; first ones that do not, since they compile; of the time
+    LATEST, COMPILING, MARGIN = 9, 2, 0.97  # chunks that count; first ones that compile, and do not; of the time
 
     def __init__(self, most: int, run: Run, n_chunks: int = 0, seconds: float = math.inf, told: tuple[int, ...] = ()):
         self.most, self.run, self.left, self.told = most, run, n_chunks - 1, told
@@ -2808,7 +2808,7 @@ class Pace:
         yield epochs
         self.run.synchronize()
         learned = self.lap()
-        if len(self.given) >= self.UNTIMED:
+        if len(self.given) >= self.COMPILING or not self.run.compiles:
             self.scoring.append(scored)
             self.learning.extend([learned / epochs] if epochs else [])
         self.given.append(epochs)

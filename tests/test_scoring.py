@@ -369,6 +369,18 @@ def test_a_pass_that_begins_too_late_adapts_no_more(world, virtual_time, monkeyp
     assert set(epochs_of(result)) == {0}
 
 
+def test_chunks_that_compile_are_not_taken_for_what_a_chunk_takes(world, virtual_time, monkeypatch):
+    """Where the model is compiled, the first two take a minute each; they cost their time and no epochs after them."""
+    n, compiled, seconds = -(-len(world[3]) // 128), Alone(), iter([60.0, 60.0])
+    compiled.compiles = True
+    pace = Pace(3, compiled, n, 120.0 + 6.0 * n)
+    for _ in range(n - 1):
+        virtual_time.now += 1.0
+        with pace.chunk() as epochs:
+            virtual_time.now += next(seconds, 1.0 * epochs)
+    assert set(pace.given) == {3}
+
+
 def test_stages_that_do_not_adapt_come_first_whatever_the_order(world, virtual_time, monkeypatch):
     """So that adaptation knows what is left; the last one named is still the run's."""
     n = -(-len(world[3]) // 128)
