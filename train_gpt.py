@@ -1728,7 +1728,7 @@ RESERVE = 1.25  # times what a rehearsal took
 def rehearse(model: GPT, conclude, c: Config, run: Run) -> float:
     """Seconds that the steps must leave for what follows them, measured on weights that only the warm-up has moved.
 
-    None without a MAX_WALLCLOCK_SECONDS. Raises InputError if that leaves nothing for the steps.
+    Zero without a MAX_WALLCLOCK_SECONDS. Raises InputError if that leaves nothing for the steps.
     """
     if not c.max_wallclock_seconds:
         return 0.0
