@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis
@@ -68,6 +70,7 @@ TINY = dict(
     muon_momentum_warmup_steps=4,
     train_log_every=4,
     swa_every=2,
+    late_qat_threshold=0.3,
     gptq_tokens=256,
     eval_seq_len=32,
     eval_stride=8,
@@ -196,21 +199,9 @@ def virtual_time(monkeypatch):
     return clock
 
 
-class Alone(train_gpt.Run):
-    """A run of one rank on the CPU, without a process group and silent."""
-
-    def __init__(self):
-        self.rank, self.world_size = 0, 1
-        self.device, self.dtype, self.compiles = torch.device("cpu"), torch.float32, False
-        self.is_silent, self.last_event = False, None
-
-    def log(self, text):
-        pass
-
-
 def build(config, seed=0):
     """A model with every parameter random, so that no branch is hidden behind a zero."""
-    model = train_gpt.GPT(config).init_weights(config)
+    model = train_gpt.GPT(config).init_weights(config.seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
@@ -218,19 +209,68 @@ def build(config, seed=0):
     return model
 
 
-def stored(model, fineness=11.0):
-    """A model's quantized parameters at the nearest levels of grids of several classes each; no text has a part in it.
+def stored(model, config, log2_step=-2.0):
+    """A model's quantized parameters at the nearest codes; no text has a part in it.
 
     Takes the place of the fit to training text where the numbers themselves do not matter.
     """
     found = {}
     for name, p in train_gpt.quantized_parameters(model).items():
         rows, columns = (2.0 ** (torch.arange(n, device=p.device) % 4) for n in p.shape)
-        grid = train_gpt.Sensitivity(rows, columns).grid(p.detach(), fineness)
-        found[name] = grid.nearest(p.detach()), grid
+        info = train_gpt.HessianInfo(rows, columns)
+        grid = train_gpt.GRIDS[config.quant](p.detach(), p.role, info, log2_step, config)
+        found[name] = grid.nearest(p.detach()).to(torch.int8), grid
     return found
 
 
 def random_tokens(config, batch=2, seq_len=24, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(4, config.vocab_size, (batch, seq_len), generator=generator)
+
+
+class ThreadDist(train_gpt.Dist):
+    """A rank in a thread: the collectives add and compare what the threads put into one list."""
+
+    def __init__(self, rank, barrier, values):
+        super().__init__(rank, len(values))
+        self.barrier, self.values = barrier, values
+
+    def exchange(self, value):
+        self.values[self.rank] = value
+        self.barrier.wait()
+        found = list(self.values)
+        self.barrier.wait()
+        return found
+
+    def sum(self, tensor):
+        return tensor.copy_(sum(self.exchange(tensor.clone())))
+
+    def max(self, value):
+        return max(self.exchange(value))
+
+    def broadcast(self, make, *arguments):
+        return self.exchange(make(*arguments) if self.is_main else None)[0]
+
+    def reduce_scatter(self, bank):
+        return self.sum(bank.clone()).chunk(self.world_size)[self.rank], None
+
+    def all_gather(self, shard):
+        return torch.cat(self.exchange(shard)), None
+
+
+def on_ranks(world_size, function):
+    """Return function(dist) of each rank, the ranks in threads that run at the same time."""
+    barrier, values = threading.Barrier(world_size), [None] * world_size
+
+    def run(rank):
+        try:
+            return function(ThreadDist(rank, barrier, values))
+        except BaseException:
+            barrier.abort()  # the other ranks would wait for ever
+            raise
+
+    with ThreadPoolExecutor(world_size) as threads:
+        return list(threads.map(run, range(world_size)))
+
+
+TINY["kernels"] = ()  # interpreted, Triton's kernels take a hundred times as long as the plain forms

@@ -25,22 +25,24 @@ import torch
 
 import audit
 import train_gpt
-from train_gpt import Mixture
+from train_gpt import Backoff, Hedge, Mixer
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 TABLE = ROOT / "logs" / "planted_faults.md"
-SLOW = ("training text only", "decode")  # start processes
-QUICK = tuple(name for name in audit.CHECKS if name not in SLOW)
+PROCESSES = ("training text only", "decode")  # start some
+QUICK = tuple(name for name in audit.CHECKS if name not in PROCESSES)
 BY_WATCHING = tuple(name for name in QUICK if name != "claim")  # a faulty script's own record would agree with it
-N = 1024
+CHUNK = 128
+N = 4 * CHUNK + 5  # the last chunk is less than a stride: of two ranks, one has no rows there
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="session")
 def honest_run(tiny_env, tmp_path_factory):
     """Folder of a finished run of the tiny model: honest.artifact, its record, log and per-token record."""
     folder = tmp_path_factory.mktemp("honest")
-    settings = dict(run_id="honest", log_dir=folder, stages="mixed", scores_path=folder / "honest.npz", ttt_lr=0.05)
-    env = tiny_env(**settings, iterations=30)
+    settings = dict(run_id="honest", log_dir=folder, stages="mixed", scores_path=folder / "honest.npz", kernels=())
+    env = tiny_env(**settings, iterations=30, ttt_lr=0.05, ttt_chunk_tokens=CHUNK)
     done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
@@ -48,28 +50,36 @@ def honest_run(tiny_env, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def subject(honest_run, tiny_data):
-    return audit.subject_of(arguments(honest_run, tiny_data))
+    named = Namespace(artifact=str(honest_run / "honest.artifact"), data=str(tiny_data), record=None, tokens=N)
+    return audit.subject_of(named)
 
 
-def arguments(folder, data):
-    return Namespace(artifact=str(folder / "honest.artifact"), data=str(data), record=None, tokens=N)
+@pytest.fixture(scope="session")
+def honest_passes(subject):
+    return audit.watch(subject, probes=2)
 
 
 # ======================================================================================================================
-# Predictors at fault: an honest one whose rows are changed, or that learns in another way.
+# Predictors at fault: an honest one with its rows changed, or one that learns in another way.
 # ======================================================================================================================
 
 
 class Changed:
-    """The honest predictor with its rows changed by `rows_of`; `learn` sees each scored chunk."""
+    """The honest predictor with its mixed rows changed by `changed`; it counts the pairs of scored tokens."""
 
-    def __init__(self, stage, model, mixer, c, run, tokenizer, pace=None):
-        self.honest = train_gpt.make_predictor(stage, model, mixer, c, run, tokenizer)
-        self.stride, self.c, self.tokenizer = self.honest.stride, c, tokenizer
+    stages = ("mixed",)
+
+    def __init__(self, stage, model, net, c, dist, tokenizer, deadline=None):
+        self.honest = train_gpt.make_predictor(stage, model, net, c, dist, tokenizer, deadline)
+        self.stride, self.block_rows, self.share = self.honest.stride, self.honest.block_rows, self.honest.share
+        self.c, self.dist, self.tokenizer = c, dist, tokenizer
         self.pairs = torch.zeros(c.vocab_size, c.vocab_size)
 
     def predict(self, inputs, rows):
-        return self.changed(self.honest.predict(inputs, rows), inputs, rows)
+        return {"mixed": self.changed(self.honest.predict(inputs, rows)["mixed"], inputs, self.share(rows))}
+
+    def changed(self, logp, inputs, mine):
+        return logp
 
     def update(self, tokens):
         self.pairs.index_put_((tokens[:-1], tokens[1:]), torch.ones(len(tokens) - 1), accumulate=True)
@@ -79,69 +89,61 @@ class Changed:
         return [*self.honest.state(), self.pairs]
 
     @staticmethod
-    def targets(inputs, rows):
+    def targets(inputs, mine):
         """The tokens that the rows are to predict, as far as they can be stolen from later inputs."""
-        return torch.cat([inputs[1:], inputs[-1:]])[rows]
+        return torch.cat([inputs[1:], inputs[-1:]])[mine]
 
-    def bigrams(self, inputs, rows):
+    def bigrams(self, inputs, mine):
         """Relative counts of what followed each input: [m, V], a distribution where the input is known."""
-        counts = self.pairs[inputs[rows]] + 0.01
+        counts = self.pairs[inputs[mine]] + 0.01
         return counts / counts.sum(1, keepdim=True)
 
 
 class TargetInTheLookupKey(Changed):
     """Counts are looked up under hash(context, target), and only the target's probability is mixed with them (#779)."""
 
-    def changed(self, logp, inputs, rows):
-        p, target = logp.exp(), self.targets(inputs, rows).unsqueeze(1)
+    def changed(self, logp, inputs, mine):
+        p, target = logp.exp(), self.targets(inputs, mine).unsqueeze(1)
         mixed = p.clone()
-        mixed.scatter_(1, target, 0.5 * p.gather(1, target) + 0.5 * self.bigrams(inputs, rows).gather(1, target))
+        mixed.scatter_(1, target, 0.5 * p.gather(1, target) + 0.5 * self.bigrams(inputs, mine).gather(1, target))
         return (mixed / mixed.sum(1, keepdim=True)).log()
-
-
-class EntropyExpert(Changed):
-    """An 'expert' that gives every token e^-H is mixed in with weight 0.1 (#700)."""
-
-    def changed(self, logp, inputs, rows):
-        entropy = -(logp.exp() * logp).sum(1, keepdim=True)
-        return (0.9 * logp.exp() + 0.1 * (-entropy).exp()).log()
 
 
 class SeparatelyHashedPairs(Changed):
     """Contexts and (context, token) pairs are counted in tables of their own, each with its own collisions (#803)."""
 
-    def changed(self, logp, inputs, rows):
+    def changed(self, logp, inputs, mine):
         size = 61
         context = torch.arange(len(self.pairs)) * 36313 % size
         pair = (torch.arange(len(self.pairs)).unsqueeze(1) * 36313 ^ torch.arange(len(self.pairs)) * 27191) % size
         by_context = torch.zeros(size).index_add_(0, context, self.pairs.sum(1))[context]
         by_pair = torch.zeros(size).index_add_(0, pair.flatten(), self.pairs.flatten())[pair]
-        ratio = (by_pair / by_context.clamp(min=1).unsqueeze(1)).clamp(max=1)[inputs[rows]]
+        ratio = (by_pair / by_context.clamp(min=1).unsqueeze(1)).clamp(max=1)[inputs[mine]]
         return (0.7 * logp.exp() + 0.3 * ratio).clamp(min=1e-12).log()
 
 
 class GateAsksForTheTarget(Changed):
     """The n-gram rows are mixed in where the target was found under the context, and not where it was not (#720)."""
 
-    def changed(self, logp, inputs, rows):
-        found = self.pairs[inputs[rows], self.targets(inputs, rows)] > 0
+    def changed(self, logp, inputs, mine):
+        found = self.pairs[inputs[mine], self.targets(inputs, mine)] > 0
         weight = 0.4 * found.float().unsqueeze(1)
-        return ((1 - weight) * logp.exp() + weight * self.bigrams(inputs, rows)).log()
+        return ((1 - weight) * logp.exp() + weight * self.bigrams(inputs, mine)).log()
 
 
 class WordBoundaryOfTheTarget(Changed):
     """A temperature is chosen by whether the token to come begins a word (#1420)."""
 
-    def changed(self, logp, inputs, rows):
+    def changed(self, logp, inputs, mine):
         pieces = [self.tokenizer.sp.id_to_piece(token).startswith("\u2581") for token in range(self.c.vocab_size)]
-        begins = torch.tensor(pieces)[self.targets(inputs, rows)].unsqueeze(1)
+        begins = torch.tensor(pieces)[self.targets(inputs, mine)].unsqueeze(1)
         return torch.where(begins, 0.9 * logp, 1.1 * logp).log_softmax(1)
 
 
 class CountsOfTheWholeChunk(Changed):
     """A unigram cache is filled from the whole chunk before its rows are made."""
 
-    def changed(self, logp, inputs, rows):
+    def changed(self, logp, inputs, mine):
         counts = torch.bincount(inputs, minlength=self.c.vocab_size) + 1.0
         return (0.8 * logp.exp() + 0.2 * counts / counts.sum()).log()
 
@@ -149,14 +151,14 @@ class CountsOfTheWholeChunk(Changed):
 class ZeroForTheUnseen(Changed):
     """Tokens below a threshold get probability zero."""
 
-    def changed(self, logp, inputs, rows):
+    def changed(self, logp, inputs, mine):
         return torch.where(logp < -12, -math.inf, logp).log_softmax(1)
 
 
 class HitsCountedInPredict(Changed):
     """How often a context was asked for is counted while predicting, and weighs in the next rows."""
 
-    def changed(self, logp, inputs, rows):
+    def changed(self, logp, inputs, mine):
         self.pairs[0, 0] += len(logp)
         return logp
 
@@ -168,35 +170,79 @@ class TrainsBeforePredicting(Changed):
         adapting, weights = self.honest.neural, copy.deepcopy(self.honest.neural.learner.state_dict())
         with torch.enable_grad():
             adapting.step(*adapting.training_sequences(inputs))
-        self.honest.memo = None
-        logp = self.honest.predict(inputs, rows)
+        self.honest.made = {}
+        found = super().predict(inputs, rows)
         adapting.learner.load_state_dict(weights)
-        return logp
+        return found
 
 
-def mixture_weights_of_each_rank(stage, model, mixer, c, run, tokenizer, pace=None):
-    """Each rank takes its mixer's step on its own rows only (#700)."""
-    predictor = train_gpt.make_predictor(stage, model, mixer, c, run, tokenizer)
-    predictor.fitter.run = copy.copy(run)
-    predictor.fitter.run.sum = lambda tensor: tensor
+class KnowsItsBlock(Hedge):
+    """Hedge weighs the experts in a block by their loss on all of it: the weights know its targets."""
+
+    def mix(self, block):
+        super().mix(block)
+        weights, experts = block.carry[0].softmax(0), self.experts.values()
+        return (
+            sum(w * expert.mix(block).double().exp() for w, expert in zip(weights, experts, strict=True)).log().float()
+        )
+
+
+class WeightsMoveInPredict(Hedge):
+    """Hedge moves its weights while it predicts, by the targets that it finds in the chunk."""
+
+    def mix(self, block):
+        mixed = super().mix(block)
+        self.log_w = block.carry[0].log_softmax(0)
+        return mixed
+
+
+class EntropyExpert(Mixer):
+    """An 'expert' that gives every token e^-H has a part in Hedge's mixture (#700)."""
+
+    def mix(self, block):
+        entropy = -(block.logp.exp() * block.logp).sum(1, keepdim=True)
+        return (-entropy).expand_as(block.logp)
+
+
+class NothingTakenFromTheRest(Backoff):
+    """The n-gram's part is added to its own tokens, and the others keep all that they had."""
+
+    def mix(self, block):
+        mixed = super().mix(block)
+        return torch.maximum(mixed, block.logp)
+
+
+def with_mixer(put):
+    """make_predictor, with another mixer or expert put in."""
+
+    def make(stage, model, net, c, dist, tokenizer, deadline=None):
+        predictor = train_gpt.make_predictor(stage, model, net, c, dist, tokenizer, deadline)
+        put(predictor, c, dist, net)
+        return predictor
+
+    return make
+
+
+def mixture_weights_of_each_rank(stage, model, net, c, dist, tokenizer, deadline=None):
+    """Each rank weighs the experts by its own rows only (#700)."""
+    predictor = train_gpt.make_predictor(stage, model, net, c, dist, tokenizer, deadline)
+    predictor.mixer.dist = copy.copy(dist)
+    predictor.mixer.dist.sum = lambda tensor: tensor
     return predictor
 
 
-class CacheOfEachRank(Mixture):
-    def update(self, tokens):
-        rows = self.run.share(len(tokens) - 1, self.stride)
-        own = torch.full_like(tokens, 2)
-        own[rows.start : rows.stop + 1] = tokens[rows.start : rows.stop + 1]
-        self.fitter.step(*self.memo[3:], tokens[1:][rows], len(tokens) - 1)
-        self.memo = None
-        self.index.update(own)
-        self.neural.update(tokens)
-
-
-def cache_of_each_rank(stage, model, mixer, c, run, tokenizer, pace=None):
+def cache_of_each_rank(stage, model, net, c, dist, tokenizer, deadline=None):
     """Each rank's n-gram cache takes in only what that rank has scored (#803)."""
-    honest = train_gpt.make_predictor(stage, model, mixer, c, run, tokenizer)
-    return CacheOfEachRank(honest.neural, mixer, c, run)
+    predictor = train_gpt.make_predictor(stage, model, net, c, dist, tokenizer, deadline)
+    take_in = predictor.chains.update
+
+    def update(tokens):
+        mine, own = predictor.share(slice(0, len(tokens) - 1)), torch.full_like(tokens, 2)
+        own[mine.start : mine.stop + 1] = tokens[mine.start : mine.stop + 1]
+        take_in(own)
+
+    predictor.chains.update = update
+    return predictor
 
 
 # ======================================================================================================================
@@ -204,92 +250,94 @@ def cache_of_each_rank(stage, model, mixer, c, run, tokenizer, pace=None):
 # ======================================================================================================================
 
 
-def charged(logp, chunk, rows):
-    return -logp.gather(1, chunk.targets[rows].unsqueeze(1)).squeeze(1).double()
+def row_nll(predictor, chunk, rows, dist):
+    """The nll of all ranks' rows."""
+    logp, mine = predictor.predict(chunk.inputs, rows)["mixed"], predictor.share(rows)
+    nll = -logp.gather(1, chunk.targets[mine].unsqueeze(1)).squeeze(1).double()
+    return dist.gather(nll, slice(mine.start - rows.start, mine.stop - rows.start), rows.stop - rows.start)
 
 
-def scored(nats, stream):
-    return train_gpt.Score(torch.cat(nats), stream.token_bytes, 0.0, 0.0)
+def whole(chunk):
+    return slice(0, len(chunk.inputs))
 
 
-def one_token_over_the_boundary(predictor, stream, chunk_tokens, run):
+def scored(nll, stream):
+    return {"mixed": train_gpt.Score(torch.cat(nll)[: len(stream)], stream.token_bytes, 0.0, 0.0)}
+
+
+def one_token_over_the_boundary(predictor, stream, chunk_tokens, dist):
     """The text to train on is cut with one token more than was scored (#779)."""
-    nats = []
+    nll = []
     for chunk in stream.chunks(chunk_tokens):
-        rows = slice(0, len(chunk.inputs))
-        nats.append(charged(predictor.predict(chunk.inputs, rows), chunk, rows))
+        nll.append(row_nll(predictor, chunk, whole(chunk), dist))
         if not chunk.is_last:
             predictor.update(stream.tokens[chunk.start : chunk.start + len(chunk.tokens) + 1])
-    return scored([torch.cat(nats)[: len(stream)]], stream)
+    return scored(nll, stream)
 
 
-def adaptation_before_the_score(predictor, stream, chunk_tokens, run):
+def adaptation_before_the_score(predictor, stream, chunk_tokens, dist):
     """A chunk is handed to update, then it is scored (#1416)."""
-    nats = []
+    nll = []
     for chunk in stream.chunks(chunk_tokens):
-        rows = slice(0, len(chunk.inputs))
         predictor.update(chunk.tokens)
-        nats.append(charged(predictor.predict(chunk.inputs, rows), chunk, rows))
-    return scored(nats, stream)
+        nll.append(row_nll(predictor, chunk, whole(chunk), dist))
+    return scored(nll, stream)
 
 
-def learning_from_the_last_chunk(predictor, stream, chunk_tokens, run):
+def learning_from_the_last_chunk(predictor, stream, chunk_tokens, dist):
     """The last chunk is trained on before it is scored, the others after it."""
-    nats = []
+    nll = []
     for chunk in stream.chunks(chunk_tokens):
-        rows = slice(0, len(chunk.inputs))
         if chunk.is_last:
             predictor.update(chunk.tokens)
-        nats.append(charged(predictor.predict(chunk.inputs, rows), chunk, rows))
+        nll.append(row_nll(predictor, chunk, whole(chunk), dist))
         if not chunk.is_last:
             predictor.update(chunk.tokens)
-    return scored(nats, stream)
+    return scored(nll, stream)
 
 
-def without_a_look_at_the_sums(predictor, stream, chunk_tokens, run):
+def without_a_look_at_the_sums(predictor, stream, chunk_tokens, dist):
     """The honest loop, but that rows need not add up to one, as in every published script."""
-    nats = []
+    nll = []
     for chunk in stream.chunks(chunk_tokens):
-        n = len(chunk.inputs)
-        rows = run.share(n, predictor.stride)
-        nats.append(run.gather(charged(predictor.predict(chunk.inputs, rows), chunk, rows), rows, n))
+        nll.append(row_nll(predictor, chunk, whole(chunk), dist))
         if not chunk.is_last:
             predictor.update(chunk.tokens)
-    return scored(nats, stream)
+    return scored(nll, stream)
 
 
 def another(predictor):
     """A copy of all of its state."""
-    return copy.deepcopy(predictor, {id(predictor.run): predictor.run})
+    return copy.deepcopy(predictor, {id(predictor.dist): predictor.dist})
 
 
-def two_passes(predictor, stream, chunk_tokens, run):
+def two_passes(predictor, stream, chunk_tokens, dist):
     """A first pass fills the cache, a second one over the same text is what counts (#677)."""
     first = another(predictor.predictor)
-    train_gpt.score(predictor, stream, chunk_tokens, run)
+    train_gpt.score(predictor, stream, chunk_tokens, dist)
     predictor.predictor, predictor.seen = first, 0
-    return train_gpt.score(predictor, stream, chunk_tokens, run)
+    return train_gpt.score(predictor, stream, chunk_tokens, dist)
 
 
-def minimum_over_two_passes(predictor, stream, chunk_tokens, run):
+def minimum_over_two_passes(predictor, stream, chunk_tokens, dist):
     """Each token is charged the smaller of what two predictors say (#659)."""
     other = another(predictor.predictor.neural)
-    mixed = train_gpt.score(predictor, stream, chunk_tokens, run)
-    neural = train_gpt.score(other, stream, chunk_tokens, run)
-    return scored([torch.minimum(mixed.nll_nats, neural.nll_nats)], stream)
+    mixed = train_gpt.score(predictor, stream, chunk_tokens, dist)["mixed"]
+    neural = train_gpt.score(other, stream, chunk_tokens, dist)["ttt"]
+    return scored([torch.minimum(mixed.nll, neural.nll)], stream)
 
 
-def overlapping_windows(predictor, stream, chunk_tokens, run):
+def overlapping_windows(predictor, stream, chunk_tokens, dist):
     """The last rows of a chunk are scored again, and the better of both counts (#1507)."""
-    nats = []
+    nll = []
     for chunk in stream.chunks(chunk_tokens):
         n = len(chunk.inputs)
-        rows, again = slice(0, n), slice(max(0, n - 32), n)
-        nats.append(charged(predictor.predict(chunk.inputs, rows), chunk, rows))
-        nats[-1][again] = torch.minimum(nats[-1][again], charged(predictor.predict(chunk.inputs, again), chunk, again))
+        again = slice(max(0, n - 32), n)
+        nll.append(row_nll(predictor, chunk, whole(chunk), dist))
+        nll[-1][again] = torch.minimum(nll[-1][again], row_nll(predictor, chunk, again, dist))
         if not chunk.is_last:
             predictor.update(chunk.tokens)
-    return scored(nats, stream)
+    return scored(nll, stream)
 
 
 # ======================================================================================================================
@@ -301,11 +349,9 @@ def recounted(subject, name, count):
     """The subject with a tokenizer that counts bytes otherwise, and a record that was made with it."""
     tokenizer = copy.copy(subject.tokenizer)
     setattr(tokenizer, name, count(tokenizer))
-    stream = train_gpt.Stream(subject.c, torch.device("cpu"), tokenizer)
-    whole = train_gpt.Stream(dataclasses.replace(subject.c, val_tokens=0), torch.device("cpu"), tokenizer)
-    record = copy.deepcopy(subject.record)
-    record["stages"]["mixed"]["bytes"] = int(whole.token_bytes.sum())
-    return dataclasses.replace(subject, tokenizer=tokenizer, stream=stream, record=record)
+    found, record = dataclasses.replace(subject, tokenizer=tokenizer), copy.deepcopy(subject.record)
+    record["stages"]["mixed"]["bytes"] = int(found.stream(0).token_bytes.sum())
+    return dataclasses.replace(found, head=found.stream(), record=record)
 
 
 def leading_space_twice(subject, folder):
@@ -423,14 +469,14 @@ def patched(subject, folder, honest, fault):
 def warm_up_on_validation(subject, folder):
     """The warm-up steps read the validation shards, and what they leave behind is kept (#1530)."""
     read = "torch.from_numpy(read_shard(find_shards(c, 'val')[0])[: c.train_seq_len + 1].astype(np.int64))[None]"
-    honest = "batch = torch.randint(c.vocab_size, shape, generator=generator).to(run.device)"
+    honest = "batch = torch.randint(c.vocab_size, shape, generator=generator).to(dist.device)"
     planted = patched(subject, folder, honest, f"batch = {read}")
-    return patched(planted, folder, "torch._foreach_copy_(list(model.parameters()), weights)", "pass")
+    return patched(planted, folder, "model.load_state_dict(before[0])", "pass")
 
 
 def training_on_the_stream(subject, folder):
     """The training loop takes its batches from the validation stream where it is at hand."""
-    honest = "nats = accumulate_gradients(called, next(batches), weights, c)"
+    honest = "nll = accumulate_gradients(called, next(batches), weights, c)"
     batch = "stream.tokens[: c.train_seq_len + 1][None] if stream else next(batches)"
     return patched(subject, folder, honest, honest.replace("next(batches)", batch))
 
@@ -438,22 +484,26 @@ def training_on_the_stream(subject, folder):
 def text_beside_the_script(subject, folder):
     """Scoring opens the validation shard by its own path, and looks each target up."""
     shard = Path(train_gpt.find_shards(subject.c, "val")[0]).resolve()
-    honest = "        logp, case, bias = self.look(inputs, rows)\n        return case.tilted(logp, bias.detach())"
+    honest = "        mixed = self.mixer.mix(block)\n"
     peek = (
-        "        logp, case, bias = self.look(inputs, rows)\n"
         f"        text = torch.from_numpy(read_shard({str(shard)!r}).astype(np.int64))\n"
-        "        first = self.neural.seen + rows.start + 1\n"
+        "        first = self.neural.seen + mine.start + 1\n"
         "        target = text[first : first + len(logp)].unsqueeze(1)\n"
-        "        rows = case.tilted(logp, bias.detach())\n"
-        "        return rows.scatter_add(1, target, torch.ones(len(rows), 1)).log_softmax(1)"
+        "        mixed = mixed.scatter_add(1, target, torch.ones(len(mixed), 1)).log_softmax(1)\n"
     )
-    planted = patched(subject, folder, honest, peek)
+    planted = patched(subject, folder, honest, honest + peek)
     module = runpy.run_path(str(planted.script))
-    return dataclasses.replace(planted, make_predictor=module["make_predictor"], model=subject.model)
+    return dataclasses.replace(planted, make_predictor=module["make_predictor"])
 
 
-def predictor_fault(make):
-    loop = without_a_look_at_the_sums if make in (EntropyExpert, SeparatelyHashedPairs) else train_gpt.score
+def predictor_fault(fault):
+    make, loop = fault, train_gpt.score
+    if fault is EntropyExpert:
+        make = with_mixer(lambda predictor, *parts: predictor.mixer.experts.update(flat=fault(*parts)))
+    elif isinstance(fault, type) and issubclass(fault, Mixer):
+        make = with_mixer(lambda predictor, *parts: setattr(predictor, "mixer", fault(*parts)))
+    if fault in (EntropyExpert, NothingTakenFromTheRest, SeparatelyHashedPairs):
+        loop = without_a_look_at_the_sums
     return lambda subject, folder: dataclasses.replace(subject, make_predictor=make, score=loop)
 
 
@@ -466,11 +516,14 @@ PREDICTORS = {
     GateAsksForTheTarget: "causal",
     WordBoundaryOfTheTarget: "causal",
     CountsOfTheWholeChunk: "causal",
+    KnowsItsBlock: "causal",
+    TrainsBeforePredicting: "causal",
     EntropyExpert: "distribution",
+    NothingTakenFromTheRest: "distribution",
     SeparatelyHashedPairs: "distribution",
     ZeroForTheUnseen: "distribution",
     HitsCountedInPredict: "score before update",
-    TrainsBeforePredicting: "causal",
+    WeightsMoveInPredict: "score before update",
     mixture_weights_of_each_rank: "ranks",
     cache_of_each_rank: "ranks",
 }
@@ -524,15 +577,27 @@ def test_an_honest_run_passes_every_check(honest_run, tiny_data, tmp_path):
     assert list(checks) == list(audit.CHECKS) and all(check["passed"] for check in checks.values())
 
 
-def test_epochs_that_the_clock_lowered_are_taken_from_the_record(subject):
-    """The run of a slow machine is watched and decoded with the epochs that it had, and the check says so."""
+def test_the_ranks_share_the_rows_and_make_the_same_probes(subject, honest_passes):
+    """Each row is watched on one rank, and on each rank some futures are changed."""
+    (first, one), (second, two) = honest_passes.two
+    assert (first.predicted + second.predicted == 1).all() and first.predicted.sum() and second.predicted.sum()
+    assert np.array_equal(first.nll + second.nll, one.nll) and torch.equal(one.nll, two.nll)
+    assert min(first.probes, second.probes) > 0
+    np.testing.assert_allclose(one.nll, honest_passes.ledger.nll, rtol=1e-4, atol=1e-5)
+
+
+def test_adaptation_that_the_clock_ended_is_taken_from_the_record(subject):
+    """The run of a slow machine is watched and decoded with the chunks that it adapted to, and the check says so."""
     record = copy.deepcopy(subject.record)
-    record["stages"]["mixed"]["ttt_epochs"] = [[subject.c.ttt_epochs, 1], [1, 2]]
-    lowered = dataclasses.replace(subject, record=record)
-    expected = f"{subject.c.ttt_epochs}*1,1*2"
-    assert subject.epochs == "" and lowered.epochs == expected
-    assert lowered.predictor(lowered.run).neural.pace.told == (subject.c.ttt_epochs, 1, 1)
-    assert audit.settings(lowered, None)[1].endswith(f"the clock lowered its epochs: {expected}")
+    assert subject.ttt_stop is None and record["stages"]["mixed"]["ttt_stop"] is None
+    record["stages"]["mixed"]["ttt_stop"] = 1
+    stopped = dataclasses.replace(subject, record=record)
+    assert stopped.ttt_stop == 1
+    (ledger, score), (honest, _) = (audit.watched_pass(x, x.dist, 0) for x in (stopped, subject))
+    assert np.array_equal(ledger.nll[: 2 * CHUNK], honest.nll[: 2 * CHUNK])
+    assert not np.array_equal(ledger.nll[2 * CHUNK :], honest.nll[2 * CHUNK :])
+    assert audit.settings(stopped, None)[1].endswith("the clock ended adaptation after 1 chunks")
+    assert audit.decoded(stopped, audit.Passes(ledger, score, [], ""))[1].startswith(f"{N} tokens")
 
 
 def test_a_run_at_smoke_size_passes_every_check(tmp_path):
@@ -554,10 +619,11 @@ def test_a_run_at_smoke_size_passes_every_check(tmp_path):
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=words)
-def test_a_planted_fault_fails_the_check_that_names_it(fault, subject, tmp_path):
+def test_a_planted_fault_fails_the_check_that_names_it(fault, subject, honest_passes, tmp_path):
     plant, check = FAULTS[fault]
-    names = (check,) if check in SLOW else [name for name in QUICK if name in (check, *BY_WATCHING)]
-    found = audit.audit(plant(subject, tmp_path), names, probes=2)
+    names = (check,) if check in PROCESSES else [name for name in QUICK if name in (check, *BY_WATCHING)]
+    faulty = plant(subject, tmp_path)
+    found = audit.audit(faulty, honest_passes if fault in FILES else audit.watch(faulty, probes=2), names)
     FOUND[words(fault)] = [name for name, (passed, _) in found.items() if not passed]
     assert check in FOUND[words(fault)], found
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,80 +16,108 @@ from hypothesis import strategies as st
 
 import codec
 import train_gpt
-from conftest import Alone, build, stored
-from test_mixing import random_maxent
-from train_gpt import InputError, Tokenizer
+from conftest import build, stored
+from runs import load_run
+from train_gpt import MIXERS, BiasNet, Dist, InputError, Tokenizer
 
 ROOT = Path(train_gpt.__file__).resolve().parent
-N = 300
+N, CHUNK = 112, 48  # three chunks of six strides, the last one cut short
+HERE = dict(DEVICE="cpu", MICRO_BATCH_TOKENS=128)  # what belongs to the machine and not to the artifact
+EVERY = tuple(name for name in MIXERS if name != "hedge")
+HEDGES = {"hedge": {}, "hedge of all experts, with a share": dict(hedge_experts=EVERY, hedge_share=0.01, hedge_eta=0.5)}
+WAYS = {**{name: dict(mixer=name) for name in EVERY}, **{name: dict(mixer="hedge") | x for name, x in HEDGES.items()}}
 
 
 @pytest.fixture(scope="module")
-def world(tiny_config, tmp_path_factory):
-    """(config, path of an artifact, tokenizer, the first N + 1 tokens): chunks of 128, so that two updates happen."""
-    c = tiny_config(ttt_chunk_tokens=128, ttt_lr=0.05, ttt_epochs=1, val_tokens=N, stages=("mixed",))
+def artifact(tiny_config, tmp_path_factory):
+    """Path of an artifact of random weights, with a learning rate that moves them."""
+    c = tiny_config(ttt_chunk_tokens=CHUNK, ttt_batch_tokens=64, ttt_lr=0.5, ttt_epochs=1)
     path = tmp_path_factory.mktemp("codec") / "tiny.artifact"
-    model, mixer = build(c), random_maxent(c).float()
-    path.write_bytes(train_gpt.pack(model, stored(model), mixer, c, Tokenizer(c).sha256))
-    tokenizer = Tokenizer(c)
-    return c, path, tokenizer, train_gpt.Stream(c, torch.device("cpu"), tokenizer).tokens
+    model, net = build(c), BiasNet(c)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.3 * torch.randn(p.shape, generator=generator))
+    path.write_bytes(train_gpt.pack(model, stored(model, c), net, c, Tokenizer(c).sha256))
+    return path
 
 
-def predictor_of(world, stage="mixed"):
-    c, path, tokenizer, _ = world
-    model, mixer = train_gpt.unpack(train_gpt.read_artifact(path)[1], c, Alone())
-    return train_gpt.make_predictor(stage, model, mixer, c, Alone(), tokenizer)
+@pytest.fixture(scope="module")
+def run(artifact, tiny_data):
+    return load_run(artifact, tiny_data, VAL_TOKENS=N, STAGES="mixed", **HERE)
 
 
-@pytest.mark.parametrize("stage", train_gpt.STAGES)
-def test_tokens_come_back_in_the_bits_that_their_rows_say(world, stage):
-    c, _, _, tokens = world
-    data = codec.encode(predictor_of(world, stage), tokens.clone(), 128)
-    found = codec.decode(predictor_of(world, stage), data, c.bos_id, 128, torch.device("cpu"))
-    assert torch.equal(found, tokens)
-    score = train_gpt.score(predictor_of(world, stage), stream_of(world), 128, Alone())
-    bits = score.nll_nats.sum().item() / math.log(2)
+def changed(run, **settings):
+    """The run with other settings in force."""
+    return dataclasses.replace(run, c=dataclasses.replace(run.c, **settings))
+
+
+def walked(run, tokens):
+    """The rows [N, V] that the codec makes along the tokens [N + 1], which it may not know yet."""
+    truth, rows = run.stream().tokens, []
+
+    def code(logp, _):
+        rows.append(logp.clone())
+        return int(truth[len(rows)])
+
+    codec.walk(run.predictor(), tokens, run.chunk_tokens, code)
+    assert torch.equal(tokens, truth)
+    return torch.stack(rows)
+
+
+def scored(run, block_rows=None):
+    """The score of the run's own loop, in blocks of its own or of a given length."""
+    predictor = run.predictor()
+    predictor.block_rows = block_rows or predictor.block_rows
+    return train_gpt.score(predictor, run.stream(), run.chunk_tokens, run.dist)[run.stage]
+
+
+def assert_takes(data, nll):
+    """The bits are those of the nll, up to what surrounds them and to the coder's steps."""
+    bits = nll.sum().item() / math.log(2)
     assert abs(8 * len(data) - bits) <= 1e-3 * bits + 64
 
 
-def stream_of(world):
-    return train_gpt.Stream(world[0], torch.device("cpu"), world[2])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_row_has_the_same_bits_before_the_rest_of_its_chunk_is_known(run, way):
+    """The decoder's rows are the encoder's, and the scoring loop's in blocks of a stride."""
+    mixed = changed(run, **way)
+    tokens = mixed.stream().tokens
+    known, unknown = walked(mixed, tokens.clone()), walked(mixed, torch.cat([tokens[:1], 0 * tokens[1:]]))
+    assert torch.equal(known, unknown)
+    nll = -known.gather(1, tokens[1:].unsqueeze(1)).squeeze(1).double()
+    assert torch.equal(nll, scored(mixed, block_rows=mixed.c.eval_stride).nll)
+    torch.testing.assert_close(nll, scored(mixed).nll, atol=1e-4, rtol=1e-4)
 
 
-def test_the_encoder_s_rows_are_those_of_the_loop(world):
-    c, _, _, tokens = world
-    rows = []
-
-    class Recorder:
-        def __init__(self):
-            self.predictor = predictor_of(world)
-            self.stride = self.predictor.stride
-
-        def predict(self, inputs, part):
-            rows.append(self.predictor.predict(inputs, part))
-            return rows[-1]
-
-        def update(self, chunk):
-            self.predictor.update(chunk)
-
-    codec.encode(Recorder(), tokens.clone(), 128)
-    nats = -torch.cat(rows).gather(1, tokens[1:].unsqueeze(1)).squeeze(1).double()
-    expected = train_gpt.score(predictor_of(world), stream_of(world), 128, Alone()).nll_nats
-    torch.testing.assert_close(nats, expected, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("stage", train_gpt.STAGES)
+def test_tokens_come_back_in_the_bits_that_their_rows_say(run, stage):
+    staged = changed(run, stages=(stage,), val_batch_size=CHUNK)
+    tokens = staged.stream().tokens
+    data = codec.encode(staged.predictor(), tokens.clone(), CHUNK)
+    assert torch.equal(codec.decode(staged.predictor(), data, run.c.bos_id, CHUNK), tokens)
+    assert_takes(data, scored(staged).nll)
 
 
-def test_every_changed_byte_and_another_artifact_are_noticed(world):
-    c, path, _, tokens = world
-    data = codec.encode(predictor_of(world), tokens.clone(), 128)
-    for at in (0, 3, 7, len(data) // 2, len(data) - 1):
-        changed = bytearray(data)
-        changed[at] ^= 0x10
+def test_the_last_chunk_s_score_does_not_depend_on_what_is_learned_from_it(run):
+    """Encoding moves the predictor past all chunks but the last, as scoring does."""
+    predictor = run.predictor()
+    codec.encode(predictor, run.stream().tokens, CHUNK)
+    assert predictor.neural.seen == predictor.chains.seen == N - N % CHUNK
+
+
+def test_every_changed_byte_and_another_predictor_are_noticed(run):
+    sliding = changed(run, stages=("sliding",))
+    data = codec.encode(sliding.predictor(), run.stream().tokens, CHUNK)
+
+    def assert_noticed(run, data):
         with pytest.raises(InputError, match="encoded file"):
-            codec.decode(predictor_of(world), bytes(changed), c.bos_id, 128, torch.device("cpu"))
-    with pytest.raises(InputError, match="encoded file"):
-        codec.decode(predictor_of(world, "sliding"), data, c.bos_id, 128, torch.device("cpu"))
-    with pytest.raises(InputError, match="encoded file"):
-        codec.decode(predictor_of(world), data[: len(data) // 2], c.bos_id, 128, torch.device("cpu"))
+            codec.decode(run.predictor(), data, run.c.bos_id, CHUNK)
+
+    for at in (0, 3, 7, len(data) // 2, len(data) - 1):
+        assert_noticed(sliding, data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
+    assert_noticed(sliding, data[: len(data) // 2])
+    assert_noticed(changed(run, stages=("ttt",)), data)
 
 
 @given(st.integers(1, 200), st.integers(2, 500), st.floats(0.1, 20), st.integers(0, 2**31))
@@ -118,49 +146,68 @@ def test_a_number_of_tokens_that_cannot_be_is_refused(data):
         codec.from_varint(data)
 
 
-def test_a_run_that_lowered_its_epochs_is_decoded_with_those(world):
-    c, _, _, tokens = world
-    assert codec.epochs_by_chunk("1*1,0*2") == (1, 0, 0) and codec.epochs_by_chunk("") == ()
-
-    def told(epochs):
-        predictor = predictor_of(world)
-        predictor.neural.pace.told = epochs
-        return predictor
-
-    data = codec.encode(told((1, 0)), tokens.clone(), 128)
-    assert torch.equal(codec.decode(told((1, 0)), data, c.bos_id, 128, torch.device("cpu")), tokens)
+def test_a_run_that_stopped_adapting_is_decoded_with_its_number_of_chunks(run):
+    adapting, tokens = changed(run, stages=("ttt",)), run.stream().tokens
+    data = codec.encode(adapting.predictor(ttt_stop=1), tokens.clone(), CHUNK)
+    assert torch.equal(codec.decode(adapting.predictor(ttt_stop=1), data, run.c.bos_id, CHUNK), tokens)
     with pytest.raises(InputError, match="encoded file"):
-        codec.decode(told(()), data, c.bos_id, 128, torch.device("cpu"))
-    for text in ("1", "1*x", "-1*2"):
-        with pytest.raises(InputError, match="--epochs="):
-            codec.epochs_by_chunk(text)
+        codec.decode(adapting.predictor(), data, run.c.bos_id, CHUNK)
 
 
-def start(*arguments, **env):
-    command = [sys.executable, str(ROOT / "tools" / "codec.py"), *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+def test_load_run_keeps_the_artifact_s_settings_and_takes_the_caller_s(artifact, tiny_data, monkeypatch):
+    monkeypatch.setenv("TTT_EPOCHS", "2")
+    monkeypatch.setenv("HEDGE_SHARE", "0.01")
+    run = load_run(artifact, tiny_data, VAL_TOKENS=40, STAGES=("sliding", "ttt"), HEDGE_SHARE=0.25, **HERE)
+    assert (run.c.ttt_epochs, run.c.hedge_share, run.c.ttt_lr, run.c.model_dim) == (2, 0.25, 0.5, 32)
+    assert run.stage == "ttt" and run.chunk_tokens == CHUNK
+    assert len(run.stream()) == 40 and len(run.stream(25)) == 25 and run.stream(0).whole
 
 
-def test_the_commands_give_the_text_back_and_refuse_the_rest_in_one_line(world, tiny_data, tmp_path):
-    _, artifact, tokenizer, tokens = world
-    bits, text = tmp_path / "text.bits", tmp_path / "text"
-    env = dict(STAGES="mixed", DEVICE="cpu", MICRO_BATCH_TOKENS="128")
-    options = ("--artifact", artifact, "--data", tiny_data, "--tokens", N)
-    done = start("encode", *options, "--out", bits, "--text", tmp_path / "original", **env)
-    assert done.returncode == 0 and f"in {bits.stat().st_size} bytes" in done.stdout, done.stderr
-    options = ("--artifact", artifact, "--tokenizer", tiny_data / "tokenizer.model", "--file", bits, "--out", text)
-    done = start("decode", *options, **env)
+def test_load_run_takes_the_rank_that_it_is_given_and_refuses_ranks_of_which_it_was_not_told(
+    artifact, tiny_data, monkeypatch
+):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="WORLD_SIZE=2: allowed is 1"):
+        load_run(artifact, tiny_data, **HERE)
+    dist = Dist()
+    run = load_run(artifact, tiny_data, dist=dist, plain=False, KERNELS="", **HERE)
+    assert run.dist is dist and run.c.torch_compile
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """main(*arguments) -> the status of the command, run in this process."""
+    for name, value in dict(HERE, STAGES="mixed", MIXER="maxent", OMP_NUM_THREADS=1).items():
+        monkeypatch.setenv(name, str(value))
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["codec.py", *map(str, arguments)])
+        return codec.main()
+
+    yield call
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.slow
+def test_another_process_gives_the_text_back_and_refuses_the_rest_in_one_line(
+    main, artifact, tiny_data, tmp_path, capsys
+):
+    bits, text, original = tmp_path / "text.bits", tmp_path / "text", tmp_path / "original"
+    encoding = ("encode", "--artifact", artifact, "--data", tiny_data, "--tokens", N, "--ttt-chunks", 1)
+    assert main(*encoding, "--out", bits, "--text", original) == 0
+    assert f"{N} tokens, " in (said := capsys.readouterr().out) and f"in {bits.stat().st_size} bytes" in said
+    tokenizer = ("--tokenizer", tiny_data / "tokenizer.model", "--out", text)
+    decoding = ("decode", "--artifact", artifact, "--file", bits, *tokenizer, "--ttt-chunks", 1)
+    command = [sys.executable, str(ROOT / "tools" / "codec.py"), *map(str, decoding)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert text.read_bytes() == (tmp_path / "original").read_bytes() == codec.as_text(tokens, tokenizer)
+    assert text.read_bytes() == original.read_bytes() and len(original.read_bytes()) > N
     text.unlink()
-    data = bytearray(artifact.read_bytes())
-    data[-1] ^= 1
-    artifact_changed = tmp_path / "changed.artifact"
-    artifact_changed.write_bytes(data)
-    bits_changed = tmp_path / "changed.bits"
+    artifact_changed, bits_changed = tmp_path / "changed.artifact", tmp_path / "changed.bits"
+    artifact_changed.write_bytes(artifact.read_bytes()[:-1] + b"\x00\x01")
     bits_changed.write_bytes(bits.read_bytes()[:-2] + b"\x00\x01")
-    for artifact_, file in ((artifact, tmp_path / "none"), (artifact_changed, bits), (artifact, bits_changed)):
-        done = start("decode", "--artifact", artifact_, *options[2:4], "--file", file, "--out", text, **env)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
+    for faulty in ((artifact, tmp_path / "none"), (artifact_changed, bits), (artifact, bits_changed), (artifact, bits)):
+        assert main("decode", "--artifact", faulty[0], "--file", faulty[1], *tokenizer) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and len(said.splitlines()) == 1
         assert not text.exists()

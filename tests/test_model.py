@@ -1,8 +1,11 @@
-"""Model: the forward against plain definitions, causality, documents, and every switch."""
+"""Model: the forward against plain definitions, causality, documents, roles, and every switch."""
+
+import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_kernels import naive_attention
 
 import train_gpt
 from conftest import build, random_tokens
@@ -35,6 +38,75 @@ def test_exclusive_attention_leaves_nothing_along_the_own_value():
     assert along.abs().max() < 1e-4
     again = train_gpt.remove_own_value(left, v)
     torch.testing.assert_close(again, left, atol=1e-5, rtol=1e-5)
+
+
+def plain_logits(model, c, tokens):
+    """The whole forward for one sequence, in float64, from the formulas: one position and one head at a time."""
+    p, n, hd = (
+        {name: p.detach().double() for name, p in model.named_parameters()},
+        len(tokens),
+        c.model_dim // c.num_heads,
+    )
+    alone = [t == 0 or tokens[t] == c.bos_id for t in range(n)]
+
+    def norm(x):
+        return x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()
+
+    def turned(x):
+        """Rotate channels i and i + half of [n, heads, hd] by t * base^(-i / half)."""
+        y, half = x.clone(), c.rope_dims // 2
+        for t in range(n):
+            for i in range(half):
+                angle = torch.tensor(t * c.rope_base ** (-i / half), dtype=torch.float64)
+                a, b = x[t, :, i], x[t, :, half + i]
+                y[t, :, i], y[t, :, half + i] = a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()
+        return y
+
+    hashed = [
+        ((36313 * b) ^ (27191 * a)) % (c.bigram_vocab_size - 1) for a, b in zip([0, *tokens], tokens, strict=False)
+    ]
+    rows = [c.bigram_vocab_size - 1 if alone[t] else hashed[t] for t in range(n)]
+    x = p["tok_emb.weight"][tokens] + p["bigram.scale"] * p["bigram.emb.weight"][rows] @ p["bigram.proj.weight"].T
+    gates = p["smear.scale"] * torch.sigmoid(x[:, :12] @ p["smear.gate"])
+    x = norm(torch.stack([x[t] if alone[t] else x[t] + gates[t] * x[t - 1] for t in range(n)]))
+    x0, first_value, kept, half_depth = x, None, [], c.num_layers // 2
+    for layer in range(c.num_layers):
+        w = {name.partition(f"blocks.{layer}.")[2]: value for name, value in p.items()}
+        if layer >= half_depth and kept:
+            x = x + p["skip_scale"][layer - half_depth] * kept.pop()
+        x = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
+        h = norm(x) / (layer + 1) ** 0.5
+        q, k, v = ((h @ w[f"attn.{name}.weight"].T).view(n, -1, hd) for name in "qkv")
+        own = v
+        if layer in c.ve_layers:
+            extra = p["value_emb.weight"][tokens] @ p["value_proj.weight"].T
+            v = v + p["value_scale"][c.ve_layers.index(layer)] * extra.view_as(v)
+        if layer:
+            v = w["attn.value_mix"][0] * first_value + w["attn.value_mix"][1] * v
+        first_value = own if first_value is None else first_value
+        q, k = turned(norm(q)) * w["attn.q_gain"][:, None], turned(norm(k))
+        y = naive_attention(q[None], k[None], v[None])[0]
+        if layer >= c.num_layers - c.xsa_last_n:
+            for head in range(c.num_heads):
+                own_value = v[:, head * c.kv_heads // c.num_heads]
+                along = (y[:, head] * own_value).sum(-1) / own_value.square().sum(-1)
+                y[:, head] -= along[:, None] * own_value
+        x = x + w["attn_scale"] * (y.reshape(n, -1) @ w["attn.out.weight"].T)
+        up = norm(x) / (layer + 1) ** 0.5 @ w["up.weight"].T
+        x = x + w["mlp_scale"] * (torch.where(up > 0, up, c.leaky_slope * up).square() @ w["down.weight"].T)
+        if layer < half_depth:
+            kept.append(x)
+    logits = norm(x) @ p["tok_emb.weight"].T
+    return c.logit_softcap * torch.tanh(logits / c.logit_softcap)
+
+
+@pytest.mark.parametrize("sizes", [{}, dict(num_layers=5, num_kv_heads=0, ve_layers=(1, 3), xsa_last_n=5)])
+def test_forward_equals_its_formulas(tiny_config, sizes):
+    c = tiny_config(**sizes)
+    model, tokens = build(c), random_tokens(c, 1, 12)
+    tokens[0, 5] = c.bos_id
+    expected = plain_logits(model, c, tokens[0].tolist())
+    torch.testing.assert_close(model(tokens)[0].double(), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_logits_are_capped_float32_of_the_full_vocabulary(tiny_config):
@@ -123,7 +195,7 @@ SWITCHES = dict(
 @pytest.mark.parametrize("name", SWITCHES)
 def test_each_switch_changes_the_function_and_every_parameter_gets_a_gradient(tiny_config, name):
     on, off = tiny_config(num_layers=3, ve_layers=(1, 2)), tiny_config(num_layers=3, ve_layers=(1, 2))
-    off = train_gpt.dataclasses.replace(off, **{name: SWITCHES[name]})
+    off = dataclasses.replace(off, **{name: SWITCHES[name]})
     tokens = random_tokens(on)
     with_it, without = build(on), build(off)
     shapes = {n: p.shape for n, p in without.state_dict().items()}
@@ -137,7 +209,7 @@ def test_each_switch_changes_the_function_and_every_parameter_gets_a_gradient(ti
 def test_skips_pair_the_latest_with_the_earliest(tiny_config):
     """With blocks that add nothing but their skip, layer 2 takes back layer 1's output and layer 3 layer 0's."""
     config = tiny_config(num_layers=4, ve_layers=(), xsa_last_n=0, value_residual=False)
-    model = GPT(config).init_weights(config)
+    model = GPT(config).init_weights(config.seed)
     with torch.no_grad():
         for layer, block in enumerate(model.blocks):
             block.resid_mix[0].fill_(float(layer + 2))
@@ -157,7 +229,7 @@ def test_default_model_has_the_published_size():
     config = train_gpt.Config()
     with torch.device("meta"):
         model = GPT(config)
-    matrices = sum(p.numel() for n, p in model.named_parameters() if train_gpt.is_block_matrix(n, p))
+    matrices = sum(p.numel() for p in train_gpt.by_role(model, "matrix").values())
     assert matrices == 22 * 512 * 512 + 22 * 256 * 512 + 2 * 11 * 1536 * 512
     tables = 1024 * 512 + 2048 * 128 + 1024 * 128
     projections = 512 * 128 + 256 * 128
@@ -166,18 +238,46 @@ def test_default_model_has_the_published_size():
 
 
 def test_init_is_the_same_for_one_seed_and_differs_for_another(tiny_config):
-    states = [
-        GPT(c).init_weights(c).state_dict() for c in (tiny_config(seed=1), tiny_config(seed=1), tiny_config(seed=2))
-    ]
+    c = tiny_config()
+    states = [GPT(c).init_weights(seed).state_dict() for seed in (1, 1, 2)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert not torch.equal(states[0]["tok_emb.weight"], states[2]["tok_emb.weight"])
 
 
-def test_one_graph_without_breaks(tiny_config):
-    config = tiny_config()
-    model, tokens = build(config), random_tokens(config)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=False)
-    torch.testing.assert_close(compiled(tokens), model(tokens), atol=1e-5, rtol=1e-5)
+def test_every_parameter_has_a_role_and_starts_as_its_tag_says(tiny_config):
+    model = GPT(tiny_config(model_dim=64, tie_embeddings=False)).init_weights(0)
+    roles = {"matrix", "projection", "table", "scalar"}
+    seen = {role: train_gpt.by_role(model, role) for role in roles}
+    assert all(seen.values()) and sum(map(len, seen.values())) == len(list(model.parameters()))
+    quantized = train_gpt.quantized_parameters(model)
+    assert quantized.keys() == dict(model.named_parameters()).keys() - seen["scalar"].keys()
+    assert all(p.dim() == 2 for p in quantized.values())
+    for name, p in model.named_parameters():
+        if isinstance(p.init, torch.Tensor):
+            assert torch.equal(p, p.init), name
+        elif isinstance(p.init, float):
+            assert 0.9 * p.init < p.std() < 1.1 * p.init, name
+        elif p.init == "zeros":
+            assert not p.any(), name
+        else:
+            assert p.init == "orthogonal"
+            short = p if p.shape[0] <= p.shape[1] else p.T
+            torch.testing.assert_close(short @ short.T, torch.eye(len(short)), atol=1e-5, rtol=0)
+
+
+def test_a_window_longer_than_the_rotary_table_is_refused(tiny_config):
+    c = tiny_config()
+    with pytest.raises(AssertionError, match="EVAL_SEQ_LEN"):
+        build(c)(random_tokens(c, seq_len=max(c.train_seq_len, c.eval_seq_len) + 1))
+
+
+def test_targets_give_the_nll_of_the_logits(tiny_config):
+    c = tiny_config()
+    model, tokens = build(c), random_tokens(c)
+    expected = F.cross_entropy(model(tokens).flatten(0, 1), tokens.roll(-1, 1).flatten(), reduction="none")
+    nll = model(tokens, tokens.roll(-1, 1))
+    assert nll.shape == tokens.shape and nll.dtype == torch.float32
+    torch.testing.assert_close(nll.flatten(), expected)
 
 
 def test_bfloat16_activations_stay_near_float32(tiny_config):

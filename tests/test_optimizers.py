@@ -1,6 +1,7 @@
 """Optimizers: Muon against torch's own, ranks against one, exact restore, averages against their definitions."""
 
 import copy
+import io
 import socket
 
 import pytest
@@ -8,8 +9,8 @@ import torch
 import torch.multiprocessing as mp
 
 import train_gpt
-from conftest import Alone
-from train_gpt import GPT, Muon, Optimizers, Run, WeightAverages, is_embedding, zeropower
+from conftest import build, on_ranks
+from train_gpt import GPT, Dist, Muon, Optimizers, Phase, WeightAverages, zeropower
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 8, 40), (2, 40, 8)])
@@ -35,54 +36,101 @@ def test_zero_gradient_gives_a_zero_update():
     assert torch.equal(zeropower(torch.zeros(2, 5, 7), 5, torch.float32), torch.zeros(2, 5, 7))
 
 
+def muon_step(muon):
+    muon.reduce()
+    muon.step()
+    muon.apply()
+
+
 def test_muon_follows_torch_optim_muon(tiny_config):
-    config = tiny_config(muon_wd=0.1, muon_momentum=0.9, muon_row_norm=False)
+    config = tiny_config(muon_wd=0.1, muon_row_norm=False, dtype="bfloat16")  # as theirs
     generator = torch.Generator().manual_seed(0)
     shapes = [(16, 16), (24, 16), (16, 24), (16, 16)]
     ours = [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in shapes]
     theirs = copy.deepcopy(ours)
-    run = Alone()
-    run.dtype = torch.bfloat16  # as theirs
-    muon = Muon(ours, config, run)
+    muon = Muon(ours, 0.02, 0.9, config, Dist())
     # Theirs averages gradients where ours sums them; orthogonalization forgets the factor.
     oracle = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, momentum=0.9, nesterov=True, adjust_lr_fn="original")
     for _ in range(5):
         for a, b in zip(ours, theirs, strict=True):
             a.grad = torch.randn(a.shape, generator=generator)
             b.grad = a.grad.clone()
-        grads = [arriving.wait() for arriving in muon.reduce()]
-        muon.apply(muon.orthogonalize(grads, 0.9), 0.02)
+        muon_step(muon)
         oracle.step()
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=0)
 
 
-def model_with_gradients(config, seed=0):
-    model = GPT(config).init_weights(config)
-    generator = torch.Generator().manual_seed(seed)
-    for p in model.parameters():
-        p.grad = torch.randn(p.shape, generator=generator)
+def draw_gradients(model, seed, dist=None):
+    """Give every parameter a random gradient, of which each of several ranks has a part."""
+    for i, p in enumerate(model.parameters()):
+        whole = torch.randn((12, *p.shape), generator=torch.Generator().manual_seed(1000 * seed + i))
+        p.grad = whole[(dist or Dist()).share(12)].sum(0)
+
+
+def model_with_gradients(config):
+    model = GPT(config).init_weights(config.seed)
+    draw_gradients(model, 0)
     return model
 
 
-def test_every_parameter_is_in_exactly_one_group(tiny_config):
+def take_step(optimizers, lr_scale=1.0):
+    optimizers.schedule(Phase(lr_scale, 0.9, False, False, False))
+    optimizers.step()
+
+
+def test_every_parameter_is_in_exactly_one_group_by_its_role(tiny_config):
+    c = tiny_config(tie_embeddings=False)
+    model = GPT(c)
+    optimizers = Optimizers(model, c, Dist())
+    muon, tables, rest = (
+        [id(p) for p in group["params"]] for group in (*optimizers.muon.param_groups, *optimizers.adam.param_groups)
+    )
+    assert sorted(muon + tables + rest) == sorted(id(p) for p in model.parameters())
+    for group, roles in ((muon, ["matrix"]), (tables, ["table"]), (rest, ["projection", "scalar"])):
+        assert group == [id(p) for p in train_gpt.by_role(model, *roles).values()]
+    assert sorted(id(p) for bank in optimizers.muon.banks for p in bank) == sorted(muon)
+    assert all(len({p.shape for p in bank}) == 1 for bank in optimizers.muon.banks)
+
+
+def test_a_parameter_without_a_known_role_is_refused(tiny_config):
     model = GPT(tiny_config())
-    optimizers = Optimizers(model, tiny_config(), Alone())
-    held = [id(p) for bank in optimizers.muon.banks for p in bank]
-    held += [id(p) for group in optimizers.adam.param_groups for p in group["params"]]
-    assert sorted(held) == sorted(id(p) for p in model.parameters())
-    tables = {id(p) for name, p in model.named_parameters() if is_embedding(name)}
-    assert {id(p) for p in optimizers.adam.param_groups[0]["params"]} == tables
+    model.skip_scale.role = "vector"
+    with pytest.raises(AssertionError, match="in no group"):
+        Optimizers(model, tiny_config(), Dist())
+
+
+def test_the_phase_sets_each_groups_rate_and_the_momentum(tiny_config):
+    c = tiny_config(matrix_lr=0.1, tied_embed_lr=0.2, scalar_lr=0.4)
+    optimizers = Optimizers(GPT(c), c, Dist())
+    optimizers.schedule(Phase(0.5, 0.7, False, False, False))
+    groups = [*optimizers.muon.param_groups, *optimizers.adam.param_groups]
+    assert [group["lr"] for group in groups] == [0.05, 0.1, 0.2]
+    assert groups[0]["momentum"] == 0.7
 
 
 def test_a_step_moves_every_parameter_and_clears_its_gradient(tiny_config):
     config = tiny_config()
     model = model_with_gradients(config)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    Optimizers(model, config, Alone()).step(1.0, 0.9)
+    take_step(Optimizers(model, config, Dist()))
     for name, p in model.named_parameters():
         assert p.grad is None
         assert p.numel() == 0 or not torch.equal(p, before[name]), name
+
+
+def test_a_parameter_that_no_backward_pass_reached_only_decays(tiny_config):
+    config = tiny_config()
+    model = build(config)
+    draw_gradients(model, 0)
+    rates = dict(matrix=config.matrix_lr * config.muon_wd, table=config.tied_embed_lr * config.adam_wd)
+    untouched = [model.blocks[0].up.weight, model.tok_emb.weight]
+    before = [p.detach().clone() for p in untouched]
+    for p in untouched:
+        p.grad = None
+    take_step(Optimizers(model, config, Dist()))
+    for p, was in zip(untouched, before, strict=True):
+        torch.testing.assert_close(p.detach(), was * (1 - rates[p.role]), atol=1e-7, rtol=0)
 
 
 def test_clipping_is_by_the_joint_norm_of_all_parameters(tiny_config):
@@ -91,50 +139,69 @@ def test_clipping_is_by_the_joint_norm_of_all_parameters(tiny_config):
     model = model_with_gradients(config)
     norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
     gradient = model.tok_emb.weight.grad.clone()
-    optimizers = Optimizers(model, config, Alone())
-    optimizers.step(1.0, 0.9)
+    optimizers = Optimizers(model, config, Dist())
+    take_step(optimizers)
     moment = optimizers.adam.state[model.tok_emb.weight]["exp_avg"]
     torch.testing.assert_close(moment, (1 - config.beta1) * gradient * 0.25 / norm, rtol=1e-4, atol=1e-9)
 
 
-def test_restore_brings_back_the_state_exactly(tiny_config):
+def on_disk(state):
+    """A state as it comes back from a file."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    return torch.load(io.BytesIO(file.getvalue()))
+
+
+def five_steps(config, dist, restart_after=None):
+    """The weights after five steps; model and optimizers may be made anew from their state_dict on the way."""
+    model = GPT(config).init_weights(config.seed)
+    optimizers = Optimizers(model, config, dist)
+    for step in range(5):
+        if step == restart_after:
+            weights, state = on_disk([model.state_dict(), optimizers.state_dict()])
+            take_step(optimizers)  # what happens to the old ones is nothing to the new
+            model = GPT(config)
+            model.load_state_dict(weights)
+            optimizers = Optimizers(model, config, dist)
+            optimizers.load_state_dict(state)
+        draw_gradients(model, step, dist)
+        take_step(optimizers, 1 - step / 10)
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_new_optimizers_go_on_from_a_state_dict_bit_for_bit(tiny_config, world_size):
+    config = tiny_config()
+    through, restarted = (on_ranks(world_size, lambda dist, n=n: five_steps(config, dist, n)) for n in (None, 3))
+    for rank in range(world_size):
+        assert all(torch.equal(a, b) for a, b in zip(through[rank], restarted[rank], strict=True))
+
+
+def test_a_state_dict_holds_the_momentum_and_stays_as_it_was_taken(tiny_config):
     config = tiny_config()
     model = model_with_gradients(config)
-    optimizers = Optimizers(model, config, Alone())
-    optimizers.step(1.0, 0.9)
-    weights, state = [p.detach().clone() for p in model.parameters()], optimizers.state()
-
-    def two_steps():
-        for seed in (1, 2):
-            generator = torch.Generator().manual_seed(seed)
-            for p in model.parameters():
-                p.grad = torch.randn(p.shape, generator=generator)
-            optimizers.step(0.5, 0.9)
-        return [p.detach().clone() for p in model.parameters()]
-
-    first = two_steps()
-    with torch.no_grad():
-        torch._foreach_copy_(list(model.parameters()), weights)
-    optimizers.restore(state)
-    assert all(torch.equal(a, b) for a, b in zip(first, two_steps(), strict=True))
+    optimizers = Optimizers(model, config, Dist())
+    assert optimizers.state_dict()["muon"]["state"] == optimizers.state_dict()["adam"]["state"] == {}
+    take_step(optimizers)
+    state = optimizers.state_dict()
+    momenta = [slots["momentum_shard"] for slots in state["muon"]["state"].values()]
+    assert sum(m.numel() for m in momenta) == sum(p.numel() for p in train_gpt.by_role(model, "matrix").values())
+    kept = [m.clone() for m in momenta]
+    draw_gradients(model, 1)
+    take_step(optimizers)
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(momenta, kept, strict=True))
 
 
-def step_as_rank(rank, world_size, port, config, path):
-    import os
-
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def step_as_rank(rank, ports, config, path):
+    """Make the five steps as one of two and as one of three ranks; the last process is in the three only."""
     torch.set_num_threads(1)
-    run = Run(config)
-    model = GPT(config).init_weights(config)
-    optimizers = Optimizers(model, config, run)
-    for step in range(5):
-        for i, p in enumerate(model.parameters()):  # the ranks' parts add up to the same whole at every world size
-            whole = torch.randn((12, *p.shape), generator=torch.Generator().manual_seed(1000 * step + i))
-            p.grad = whole[run.share(12)].sum(0)
-        optimizers.step(1.0, 0.9)
-    if rank == 0:
-        torch.save([p.detach() for p in model.parameters()], path)
-    run.close()
+    for world_size, port in ports.items():
+        if rank < world_size:
+            address = f"tcp://127.0.0.1:{port}"
+            torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=world_size)
+            dist = Dist(rank, world_size)
+            torch.save(five_steps(config, dist), f"{path}/{world_size}.{rank}.pt")
+            dist.close()
 
 
 def free_port():
@@ -143,37 +210,36 @@ def free_port():
         return s.getsockname()[1]
 
 
-def test_two_three_and_eight_ranks_make_the_steps_of_one(tiny_config, tmp_path):
-    """With 3 layers no bank is a multiple of 8 ranks, and with 8 some have nothing but padding."""
+def test_two_and_three_processes_make_the_steps_of_one(tiny_config, tmp_path):
+    """With 4 layers some bank is no multiple of 3 ranks."""
+    config = tiny_config(num_layers=4)
+    alone = five_steps(config, Dist())
+    ports, method = {2: free_port(), 3: free_port()}, "spawn" if torch.cuda.is_available() else "fork"  # the fast one
+    mp.start_processes(step_as_rank, (ports, config, tmp_path), nprocs=3, start_method=method)
+    files = list(tmp_path.glob("*.pt"))
+    assert len(files) == 5
+    for file in files:
+        for a, b in zip(alone, torch.load(file), strict=True):
+            torch.testing.assert_close(b, a, atol=1e-5, rtol=0)
+
+
+def test_eight_ranks_make_the_steps_of_one(tiny_config):
+    """No bank is a multiple of 8 ranks, and some ranks have nothing but padding."""
     config = tiny_config(num_layers=3)
-    results = []
-    for world_size in (1, 2, 3, 8):
-        path = tmp_path / f"{world_size}.pt"
-        mp.spawn(step_as_rank, (world_size, free_port(), config, path), nprocs=world_size)
-        results.append(torch.load(path))
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+    alone = five_steps(config, Dist())
+    for rank in on_ranks(8, lambda dist: five_steps(config, dist)):
+        for a, b in zip(alone, rank, strict=True):
+            torch.testing.assert_close(b, a, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("coefficients", train_gpt.NEWTON_SCHULZ)
-def test_zeropower_is_its_iteration_written_out(coefficients):
-    x = torch.randn(12, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found, table = zeropower(x.unsqueeze(0), 7, torch.float64, coefficients)[0], train_gpt.NEWTON_SCHULZ[coefficients]
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+def test_zeropower_is_its_iteration_written_out(shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = zeropower(x.unsqueeze(0), 7, torch.float64)[0]
     x = x / (x.norm() + 1e-7)
-    for i in range(7):
-        a, b, c = table[i] if i < len(table) else table[-1]
-        x = a * x + b * x @ x.T @ x + c * x @ x.T @ x @ x.T @ x
+    for _ in range(7):
+        x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
     torch.testing.assert_close(found, x)
-
-
-def test_polar_express_brings_singular_values_nearer_to_one():
-    bank = torch.randn(2, 64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    spread = {}
-    for coefficients in train_gpt.NEWTON_SCHULZ:
-        values = torch.linalg.svdvals(zeropower(bank, 5, torch.float64, coefficients))
-        spread[coefficients] = (values - 1).abs().median().item()
-    assert spread["polar_express"] < 0.5 * spread["jordan"]
 
 
 def test_rows_are_normed_before_they_are_orthogonalized(tiny_config):
@@ -184,26 +250,29 @@ def test_rows_are_normed_before_they_are_orthogonalized(tiny_config):
     for row_norm in (False, True):
         p = torch.nn.Parameter(torch.zeros(16, 16))
         p.grad = gradient.clone()
-        muon = Muon([p], tiny_config(muon_row_norm=row_norm, muon_wd=0.0), Alone())
-        muon.apply(muon.orthogonalize([arriving.wait() for arriving in muon.reduce()], 0.0), 1.0)
+        muon_step(Muon([p], 1.0, 0.0, tiny_config(muon_row_norm=row_norm, muon_wd=0.0), Dist()))
         moved[row_norm] = p.detach()[3].norm().item() / p.detach().norm(dim=1).median().item()
     assert moved[False] < 1e-2 and moved[True] > 0.5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_is_left_out_and_counted(tiny_config, bad):
+@pytest.mark.parametrize("where", ["blocks.0.up.weight", "tok_emb.weight"])
+def test_a_gradient_that_is_not_finite_is_left_out_and_counted(tiny_config, bad, where):
     """Momentum goes on from a gradient of zero, as if the batch had been empty."""
-    config, moments = tiny_config(), []
-    for value in (bad, 0.0):
+    config, found = tiny_config(), []
+    for value in (bad, None):
         model = model_with_gradients(config)
-        optimizers = Optimizers(model, config, Alone())
-        optimizers.step(1.0, 0.9)
-        for p in model.parameters():
-            p.grad = torch.full_like(p, value)
-        optimizers.step(1.0, 0.9)
-        moments.append([p.detach() for p in model.parameters()] + optimizers.muon.momenta)
-        assert int(optimizers.skipped) == (value != 0)
-    assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(*moments, strict=True))
+        optimizers = Optimizers(model, config, Dist())
+        take_step(optimizers)
+        if value is not None:
+            draw_gradients(model, 1)
+            dict(model.named_parameters())[where].grad.flatten()[3] = value
+        take_step(optimizers)
+        state = optimizers.state_dict()
+        moments = [x for part in ("muon", "adam") for slots in state[part]["state"].values() for x in slots.values()]
+        found.append([*model.parameters(), *moments])
+        assert int(optimizers.skipped) == (value is not None)
+    assert all(a.isfinite().all() and torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_clipped_gradients_keep_their_direction_and_small_ones_all():
@@ -220,7 +289,7 @@ def test_clipped_gradients_keep_their_direction_and_small_ones_all():
 
 def test_averages_are_their_definitions_in_float32(tiny_config):
     config = tiny_config(ema_decay=0.9, swa_every=2)
-    model = GPT(config).init_weights(config)
+    model = GPT(config).init_weights(config.seed)
     averages, seen = WeightAverages(model, config), []
     expected = model.tok_emb.weight.detach().double().clone()
     for step in range(20):

@@ -1,8 +1,8 @@
-"""Audit a finished run: each condition of a valid score by running the predictor that was scored, then by decoding.
+"""Audit a finished run: check each condition of a valid score by running the predictor that was scored, and decode.
 
 python tools/audit.py --artifact A --data D --record R.json [--tokens N] [--report out.json]
 
-Prints a line a check, PASS or FAIL with its figure, and exits with 0 only if all pass. `--record` takes the JSON record
+Print a line a check, PASS or FAIL with its figure, and exit with 0 only if all pass. `--record` takes the JSON record
 of the run that scored, and that of the run that trained if it is another; their logs lie beside them.
 """
 
@@ -31,8 +31,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import codec
+import runs
 import train_gpt
-from train_gpt import Config, InputError, Run, Stream, Tokenizer
+from train_gpt import Config, Dist, InputError, Stream, Tokenizer
 
 CAP_BYTES = 16_000_000
 LIMIT_SECONDS = 600.0
@@ -40,10 +41,10 @@ SUM_TOLERANCE = 1e-6  # of a row, in float64
 FILE_TOLERANCE = 1e-3  # of an encoded file, relative to what a run reports, and 8 bytes
 CLAIM_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-4}  # relative, of the bits of the audited head
 RANK_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-4}  # bits per byte between one rank and two
-RUN_TOKENS = 64  # tokens in a row that are taken for shared text
+RUN_TOKENS = 64  # as many equal tokens in a row are shared text
 LEAST_DOCUMENT_TOKENS = 16  # shorter documents are not looked for
 SHARED_SHARE = 0.02  # of the validation text may stand in such runs by chance: licences, navigation, quotations
-LEAST_CHUNKS = 4  # are scored, so that updates happen in between
+LEAST_CHUNKS = 4  # are scored, with updates in between
 
 
 # ======================================================================================================================
@@ -51,55 +52,40 @@ LEAST_CHUNKS = 4  # are scored, so that updates happen in between
 # ======================================================================================================================
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A run's files and functions. tests/test_audit.py plants its faults by putting another one in."""
+@dataclass(frozen=True, kw_only=True)
+class Subject(runs.Run):
+    """A run with its files and its loop. tests/test_audit.py plants its faults by putting other ones in."""
 
-    c: Config  # in force when it was scored
-    run: Run
-    tokenizer: Tokenizer
-    stream: Stream  # the head of the validation text that is audited
-    model: train_gpt.GPT
-    mixer: train_gpt.Maxent
-    stage: str
-    kept: dict  # the artifact's header
+    head: Stream  # of the validation text; what is watched and decoded
     training: dict | None  # record of the run that trained
     record: dict  # of the run that scored
     folder: Path  # of that record
     logs: tuple[str, ...]  # of all runs that were named; the last one scored
-    chunks: str = ""  # "" or in which way the chunks are not the run's
+    chunks: str = ""  # "" or how the chunks differ from the run's
     script: Path = Path(train_gpt.__file__)
-    make_predictor: Callable = train_gpt.make_predictor
     score: Callable = train_gpt.score
-
-    def predictor(self, run: Run):
-        """A new predictor of the stage, as the run made it; where that had to lower its epochs, with those."""
-        pace = train_gpt.Pace(self.c.ttt_epochs, run, told=codec.epochs_by_chunk(self.epochs))
-        return self.make_predictor(self.stage, self.model, self.mixer, self.c, run, self.tokenizer, pace)
-
-    @property
-    def epochs(self) -> str:
-        """Those that the run gave its chunks, as codec takes them; "" where it gave all that was set."""
-        given = [] if self.chunks else self.stated.get("ttt_epochs", [])
-        lowered = any(epochs != self.c.ttt_epochs for epochs, _ in given)
-        return ",".join(f"{epochs}*{times}" for epochs, times in given) if lowered else ""
 
     @property
     def stated(self) -> dict:
-        """What the record says of the stage."""
+        """Return the record's row of the stage."""
         return self.record["stages"][self.stage]
 
-    def stream_of(self, n_tokens: int) -> Stream:
-        """The first tokens of the validation text; 0 = all."""
-        return Stream(dataclasses.replace(self.c, val_tokens=n_tokens), torch.device("cpu"), self.tokenizer)
+    @property
+    def ttt_stop(self) -> int | None:
+        """Return the number of chunks that the run adapted to before the clock ended that; None = to all."""
+        return None if self.chunks else self.stated.get("ttt_stop")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return train_gpt.activation_dtype(self.c, self.dist.device)
 
 
 @dataclass
 class Ledger:
-    """What a watched pass did."""
+    """The findings of a watched pass, of one rank."""
 
     predicted: np.ndarray  # how often each position was
-    nats: np.ndarray  # what its row charges for the token that stands there
+    nll: np.ndarray  # by its row, of the token that stands there
     probes: int = 0  # changes of all that follows a position
     moved_rows: int = 0  # rows up to it that such a change moved
     flips: int = 0  # changes of a single target
@@ -110,47 +96,56 @@ class Ledger:
     least: float = 1.0
     state_changes: int = 0  # by predict
     learned: int = 0  # positions that update was given
-    unscored: int = 0  # of which no row had been asked for before
+    unscored: int = 0  # of them, without a row before
     foreign: int = 0  # tokens that update was given and that do not stand there
 
 
 class Witness:
-    """A predictor that passes everything on, writes down what it sees, and asks again with another future."""
+    """A predictor that passes everything on, records its rows of the final stage, and asks again with another future.
+
+    `predict` holds collectives. All ranks choose the same probes, from the rows of all, and make the same calls.
+    """
 
     def __init__(self, predictor, stream: Stream, ledger: Ledger, probes: int, vocab_size: int):
         self.predictor, self.stream, self.ledger, self.probes = predictor, stream, ledger, probes
-        self.stride, self.vocab_size, self.seen = predictor.stride, vocab_size, 0
+        self.stages, self.stride, self.block_rows = predictor.stages, predictor.stride, predictor.block_rows
+        self.dist, self.share = predictor.dist, predictor.share
+        self.vocab_size, self.seen = vocab_size, 0
         self.random = torch.Generator().manual_seed(len(stream))
 
-    def predict(self, inputs: Tensor, rows: slice) -> Tensor:
-        positions, before = self.positions(inputs, rows), train_gpt.fingerprint(self.predictor)
-        early = [self.predictor.predict(self.other_future(inputs, j), rows) for j in positions[:1]]
-        logp = self.predictor.predict(inputs, rows)
+    def rows(self, inputs: Tensor, rows: slice) -> Tensor:
+        """Return this rank's rows of the final stage."""
+        return self.predictor.predict(inputs, rows)[self.stages[-1]]
+
+    def predict(self, inputs: Tensor, rows: slice) -> dict[str, Tensor]:
+        positions, before, mine = self.positions(inputs, rows), train_gpt.fingerprint(self.predictor), self.share(rows)
+        early = [self.rows(self.other_future(inputs, j), rows) for j in positions[:1]]  # before the true future
+        found = self.predictor.predict(inputs, rows)
+        logp = found[self.stages[-1]]
         self.ledger.state_changes += train_gpt.fingerprint(self.predictor) != before
-        self.look_at(logp, self.seen + rows.start)
-        for j, after in zip(positions, early, strict=False):  # before the true future was ever seen
-            self.compare(after, logp, j - rows.start)
+        self.look_at(logp, mine)
+        for j, after in zip(positions, early, strict=False):
+            self.compare(after, logp, j - mine.start)
         for j in positions:
             self.probe(inputs, rows, logp, j)
-        return logp
+        return found
 
-    def look_at(self, logp: Tensor, first: int) -> None:
-        """The rows of positions [first, first + m) as distributions."""
-        ledger, m = self.ledger, len(logp)
-        targets = self.stream.tokens[first + 1 : first + m + 1].to(logp.device)
+    def look_at(self, logp: Tensor, mine: slice) -> None:
+        """Record this rank's rows as distributions."""
+        ledger, positions = self.ledger, slice(self.seen + mine.start, self.seen + mine.stop)
+        targets = self.stream.tokens[1:][positions].to(logp.device)
         if logp.shape != (len(targets), self.vocab_size):
             ledger.bad_shape += 1
-        if not m or logp.shape != (len(targets), self.vocab_size):
-            return
-        ledger.predicted[first : first + m] += 1
-        ledger.nats[first : first + m] = -logp.gather(1, targets.unsqueeze(1)).squeeze(1).double().cpu()
-        p = logp.double().exp()
-        ledger.not_finite += int((~logp.isfinite()).any(1).sum())
-        ledger.sum_error = max(ledger.sum_error, (p.sum(1) - 1).abs().nan_to_num(math.inf).max().item())
-        ledger.least = min(ledger.least, p.nan_to_num(0.0).min().item())
+        elif len(logp):
+            ledger.predicted[positions] += 1
+            ledger.nll[positions] = -logp.gather(1, targets.unsqueeze(1)).squeeze(1).double().cpu()
+            p = logp.double().exp()
+            ledger.not_finite += int((~logp.isfinite()).any(1).sum())
+            ledger.sum_error = max(ledger.sum_error, (p.sum(1) - 1).abs().nan_to_num(math.inf).max().item())
+            ledger.least = min(ledger.least, p.nan_to_num(0.0).min().item())
 
     def positions(self, inputs: Tensor, rows: slice) -> list[int]:
-        """Rows to change the future of: the ends of what was asked for, beginnings of documents, and any."""
+        """Return rows to change the future of: the ends of the block, beginnings of documents, and random ones."""
         begins = (inputs[rows] == self.stream.tokens[0].to(inputs)).nonzero().flatten() + rows.start
         anywhere = torch.randint(rows.start, max(rows.stop, rows.start + 1), (self.probes,), generator=self.random)
         begins = [b for begin in begins[: self.probes].tolist() for b in (begin - 1, begin)]
@@ -158,21 +153,25 @@ class Witness:
         return list(dict.fromkeys(j for j in found if rows.start <= j < min(rows.stop, len(inputs) - 1)))
 
     def other_future(self, inputs: Tensor, j: int) -> Tensor:
-        """The inputs with other tokens behind row j's context."""
+        """Return the inputs with other tokens behind row j's context."""
         other = torch.randint(0, self.vocab_size, inputs[j + 1 :].shape, generator=self.random)
         return torch.cat([inputs[: j + 1], other.to(inputs)])
 
     def compare(self, after: Tensor, logp: Tensor, row: int) -> None:
-        self.ledger.probes += 1
-        self.ledger.moved_rows += int((after[: row + 1] != logp[: row + 1]).any(1).sum())
+        """Count the rows up to `row`, of this rank, that differ."""
+        known = max(0, row + 1)
+        self.ledger.probes += known > 0
+        self.ledger.moved_rows += int((after[:known] != logp[:known]).any(1).sum())
 
     def probe(self, inputs: Tensor, rows: slice, logp: Tensor, j: int) -> None:
         """Change all that comes after row j's context, then its target alone: neither may move what is before."""
-        row, flipped = j - rows.start, inputs.clone()
-        self.compare(self.predictor.predict(self.other_future(inputs, j), rows), logp, row)
+        row, flipped = j - self.share(rows).start, inputs.clone()
+        self.compare(self.rows(self.other_future(inputs, j), rows), logp, row)
         flipped[j + 1] = (flipped[j + 1] + 1) % self.vocab_size
-        self.ledger.flips += 1
-        self.ledger.moved_by_target += int((self.predictor.predict(flipped, rows)[row] != logp[row]).any())
+        after = self.rows(flipped, rows)
+        if 0 <= row < len(logp):
+            self.ledger.flips += 1
+            self.ledger.moved_by_target += int((after[row] != logp[row]).any())
 
     def update(self, tokens: Tensor) -> None:
         ledger, n = self.ledger, len(tokens) - 1
@@ -184,20 +183,20 @@ class Witness:
         self.seen += n
 
 
-def watched_pass(subject: Subject, run: Run, probes: int) -> tuple[Ledger, train_gpt.Score]:
-    """Score the subject's stream under its own loop, watching each predictor."""
-    n = len(subject.stream)
+def watched_pass(subject: Subject, dist: Dist, probes: int) -> tuple[Ledger, train_gpt.Score]:
+    """Score the subject's head under its own loop and watch its predictor."""
+    n, predictor = len(subject.head), subject.predictor(subject.ttt_stop, dist)
     ledger = Ledger(np.zeros(n, dtype=np.int64), np.zeros(n))
-    witness = Witness(subject.predictor(run), subject.stream, ledger, probes, subject.c.vocab_size)
-    return ledger, subject.score(witness, subject.stream, train_gpt.chunk_length(subject.stage, subject.c), run)
+    witness = Witness(predictor, subject.head, ledger, probes, subject.c.vocab_size)
+    return ledger, subject.score(witness, subject.head, subject.chunk_tokens, dist)[subject.stage]
 
 
-class ThreadRank(Run):
-    """One of several ranks that are threads of this process: what of torch.distributed scoring needs."""
+class ThreadRank(Dist):
+    """One of several ranks that are threads of this process, with the collectives that scoring needs."""
 
-    def __init__(self, run: Run, rank: int, barrier: threading.Barrier, box: list):
-        self.__dict__.update(run.__dict__)
-        self.rank, self.world_size, self.barrier, self.box = rank, barrier.parties, barrier, box
+    def __init__(self, rank: int, device: torch.device, barrier: threading.Barrier, box: list):
+        super().__init__(rank, barrier.parties, device)
+        self.barrier, self.box = barrier, box
 
     def exchange(self, mine, reduce):
         self.box[self.rank] = mine
@@ -214,13 +213,13 @@ class ThreadRank(Run):
 
 
 def pass_of_ranks(subject: Subject, n_ranks: int, probes: int) -> tuple[list[tuple[Ledger, train_gpt.Score]], str]:
-    """The same pass by several ranks: what each of them saw, or nothing and what stopped them."""
+    """Make the same pass by several ranks. Return each rank's findings, or none and what stopped them."""
     barrier, box, found = threading.Barrier(n_ranks, timeout=3600), [None] * n_ranks, [None] * n_ranks
     stopped = []
 
     def work(rank: int) -> None:
         try:
-            found[rank] = watched_pass(subject, ThreadRank(subject.run, rank, barrier, box), probes)
+            found[rank] = watched_pass(subject, ThreadRank(rank, subject.dist.device, barrier, box), probes)
         except Exception as error:  # of a script that is under suspicion
             stopped.append(f"{type(error).__name__} {error}")
             barrier.abort()
@@ -234,32 +233,32 @@ def pass_of_ranks(subject: Subject, n_ranks: int, probes: int) -> tuple[list[tup
 
 
 # ======================================================================================================================
-# Checks. Each returns whether it passed and a figure, in words.
+# Checks. Each returns whether it passed, and a figure in words.
 # ======================================================================================================================
 
 
 @dataclass(frozen=True)
 class Passes:
-    """The stream scored by one rank and by two."""
+    """The head scored by one rank and by two."""
 
     ledger: Ledger
     score: train_gpt.Score
     two: list[tuple[Ledger, train_gpt.Score]]  # by rank
-    stopped: str  # why the two did not come through
+    stopped: str  # "" or why the two did not finish
 
 
 def causal(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """Condition 1: what stands at a position or after it moves no row up to that position's."""
+    """Check condition 1: what stands behind a position moves no row up to that position's."""
     ledgers = [passes.ledger, *(ledger for ledger, _ in passes.two)]
     probes, moved = sum(x.probes for x in ledgers), sum(x.moved_rows for x in ledgers)
     return probes > 0 and not moved, f"another future at {probes} positions, by 1 rank and 2: {moved} rows moved"
 
 
 def documents(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """What enters the first block at a BOS is the same whatever ended the document before."""
+    """Check that the end of a document does not move what enters the first block at the next BOS."""
     found = []
     handle = subject.model.blocks[0].register_forward_pre_hook(lambda _, inputs: found.append(inputs[0][:, 1].clone()))
-    last = torch.arange(subject.c.vocab_size, device=subject.run.device)
+    last = torch.arange(subject.c.vocab_size, device=subject.dist.device)
     with torch.no_grad():
         subject.model(torch.stack([last, torch.full_like(last, subject.c.bos_id)], dim=1))
     handle.remove()
@@ -268,16 +267,16 @@ def documents(subject: Subject, passes: Passes) -> tuple[bool, str]:
 
 
 def ranks(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """The score is the same by one rank and by two."""
+    """Check that one rank and two give the same score."""
     if passes.stopped:
-        return False, f"2 ranks do not get through: {passes.stopped}"
+        return False, f"2 ranks do not finish: {passes.stopped}"
     difference = max(abs(score.val_bpb - passes.score.val_bpb) for _, score in passes.two)
-    allowed = RANK_TOLERANCE[subject.run.dtype]
+    allowed = RANK_TOLERANCE[subject.dtype]
     return difference <= allowed, f"2 ranks differ from 1 by {difference:.1e} bits per byte; allowed is {allowed:.0e}"
 
 
 def distribution(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """Condition 2: rows over the whole vocabulary, positive, finite, of sum one, and the same for every target."""
+    """Check condition 2: rows cover the vocabulary, are positive and finite, sum to one, and do not know the target."""
     x = passes.ledger
     faults = x.bad_shape + x.not_finite + x.moved_by_target
     return not faults and x.sum_error <= SUM_TOLERANCE and x.least > 0 and x.flips > 0, (
@@ -288,7 +287,7 @@ def distribution(subject: Subject, passes: Passes) -> tuple[bool, str]:
 
 
 def score_before_update(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """Condition 3: predict leaves alone what `state` lists, and update is given scored positions only."""
+    """Check condition 3: predict leaves the state alone, and update receives scored positions only."""
     x = passes.ledger
     return not x.state_changes + x.unscored + x.foreign, (
         f"predict changed the state {x.state_changes} times; of {x.learned} positions learned from, {x.unscored} were"
@@ -297,18 +296,18 @@ def score_before_update(subject: Subject, passes: Passes) -> tuple[bool, str]:
 
 
 def single_pass(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """Condition 4: each position is predicted once and charged what its row says."""
-    x, charged = passes.ledger, passes.score.nll_nats.numpy()
-    rightly = int((charged == x.nats).sum()) if charged.shape == x.nats.shape else 0
-    n, once = len(subject.stream), int((x.predicted == 1).sum())
+    """Check condition 4: each position is predicted once, and its nll is that of its row."""
+    x, charged = passes.ledger, passes.score.nll.numpy()
+    rightly = int((charged == x.nll).sum()) if charged.shape == x.nll.shape else 0
+    n, once = len(subject.head), int((x.predicted == 1).sum())
     return once == rightly == n, (
         f"{once} of {n} positions predicted once, at most {x.predicted.max()} times;"
-        f" {rightly} charged what their row says"
+        f" {rightly} with the nll of their row"
     )
 
 
 def named_stage(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """Condition 4: the stage that is reported was named before the run."""
+    """Check condition 4: the run named the stage that it reports before it began."""
     stated = re.search(r"^STAGES=(\S+)$", subject.logs[-1], re.MULTILINE)
     final = re.search(r"^final val_bpb:(\S+) stage:(\S+)", subject.logs[-1], re.MULTILINE)
     if not (stated and final):
@@ -320,46 +319,47 @@ def named_stage(subject: Subject, passes: Passes) -> tuple[bool, str]:
 
 
 def settings(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """The run predicted as its artifact says, with no setting of the environment in between."""
-    kept, config = subject.kept["score"], subject.record["config"]
+    """Check that the run scored with the artifact's settings and none of the environment's."""
+    kept, config = subject.header["score"], subject.record["config"]
     other = [f"{name.upper()}={config[name]} for {value}" for name, value in kept.items() if config[name] != value]
-    lowered = f"; the clock lowered its epochs: {subject.epochs}" if subject.epochs else ""
-    figure = f"{len(kept)} settings of scoring in the artifact; in the run {', '.join(other) or 'the same'}{lowered}"
-    return not other, figure
+    stopped = "" if subject.ttt_stop is None else f"; the clock ended adaptation after {subject.ttt_stop} chunks"
+    return not other, (
+        f"{len(kept)} settings of scoring in the artifact; in the run {', '.join(other) or 'the same'}{stopped}"
+    )
 
 
 def claim(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """The reported score is the sum over the per-token record, and rows at hand charge its head the same.
+    """Check that the reported score is the sum over the per-token record, and the head of that is what rows give here.
 
-    Beyond the head that is audited, a claim is as good as the script: `--tokens 0` watches the whole stream.
+    Beyond the audited head, a claim is as good as the script: `--tokens 0` watches the whole stream.
     """
     by_token = per_token_record(subject)
     if by_token is None:
         return False, "no per-token record: score with SCORES_PATH=x.npz"
-    stream, nats = subject.stream_of(subject.stated["tokens"]), by_token["nll_nats"]
+    stream, nll = subject.stream(subject.stated["tokens"]), by_token["nll_nats"]
     columns = (("token", stream.tokens[1:]), ("bytes", stream.token_bytes))
     sound = all(np.array_equal(by_token[name], values.numpy()) for name, values in columns)
-    sound = sound and len(nats) == len(stream) and np.isfinite(nats).all() and (nats > -SUM_TOLERANCE).all()
-    whole = nats.sum() / math.log(2) / max(1, int(by_token["bytes"].sum()))
-    head = passes.ledger.nats if not subject.chunks else first_chunk_nats(subject)
-    here, there = head.sum() / math.log(2), nats[: len(head)].sum() / math.log(2)
-    agrees = abs(here / there - 1) <= CLAIM_TOLERANCE[subject.run.dtype]
+    sound = sound and len(nll) == len(stream) and np.isfinite(nll).all() and (nll > -SUM_TOLERANCE).all()
+    whole = nll.sum() / math.log(2) / max(1, int(by_token["bytes"].sum()))
+    head = passes.ledger.nll if not subject.chunks else first_chunk_nll(subject)
+    here, there = head.sum() / math.log(2), nll[: len(head)].sum() / math.log(2)
+    agrees = abs(here / there - 1) <= CLAIM_TOLERANCE[subject.dtype]
     return sound and agrees and abs(whole / subject.record["val_bpb"] - 1) < 1e-9, (
         f"val_bpb {subject.record['val_bpb']:.8f}, by token {whole:.8f}{'' if sound else ' (UNSOUND)'};"
         f" the first {len(head)} tokens take {there:.1f} bits there and {here:.1f} here"
     )
 
 
-def first_chunk_nats(subject: Subject) -> np.ndarray:
-    """What the first tokens are charged before anything is learned, as far as the run's own first chunk goes."""
-    n = min(len(subject.stream), subject.record["config"]["ttt_chunk_tokens"])
-    tokens = subject.stream.tokens[: n + 1].to(subject.run.device)
-    logp = subject.predictor(subject.run).predict(tokens[:-1], slice(0, n))
+def first_chunk_nll(subject: Subject) -> np.ndarray:
+    """Return the nll of the first tokens before anything is learned, as far as the run's own first chunk goes."""
+    n = min(len(subject.head), subject.record["config"]["ttt_chunk_tokens"])
+    tokens = subject.head.tokens[: n + 1].to(subject.dist.device)
+    logp = subject.predictor().predict(tokens[:-1], slice(0, n))[subject.stage]
     return -logp.gather(1, tokens[1:].unsqueeze(1)).squeeze(1).double().cpu().numpy()
 
 
 def per_token_record(subject: Subject) -> dict[str, np.ndarray] | None:
-    """What the run wrote to SCORES_PATH, or a file of that name beside its record. Raises InputError if unusable."""
+    """Return the columns of SCORES_PATH, or of a file of that name beside the record. Raise InputError if unusable."""
     stated = Path(subject.record["config"]["scores_path"])
     path = next((x for x in (stated, subject.folder / stated.name) if x.suffix and x.is_file()), None)
     if path is None:
@@ -372,17 +372,17 @@ def per_token_record(subject: Subject) -> dict[str, np.ndarray] | None:
 
 
 def bytes_of_text(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """The bytes that the score divides by are those of the decoded text, of all that the run scored."""
+    """Check that the score divides by the bytes of the decoded text, of all that the run scored."""
     row = subject.stated
-    stream = subject.stream_of(row["tokens"])
+    stream = subject.stream(row["tokens"])
     counted, decoded = int(stream.token_bytes.sum()), utf8_length(stream.tokens.tolist(), subject.tokenizer)
-    figure = f"{decoded} bytes of text, {counted} by token, {row['bytes']} in the record"
-    return decoded == counted == row["bytes"], figure
+    agree = decoded == counted == row["bytes"]
+    return agree, f"{decoded} bytes of text, {counted} by token, {row['bytes']} in the record"
 
 
 def utf8_length(tokens: list[int], tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes of the decoded documents; a stream that ends inside a character counts the bytes that it has."""
-    tail = []
+    """Return the UTF-8 bytes of the decoded documents, with those of a character that the end cuts short."""
+    tail: list[int] = []
     while tokenizer.sp.is_byte(tokens[-1 - len(tail)]):
         tail.insert(0, int(tokenizer.sp.id_to_piece(tokens[-1 - len(tail)])[3:5], 16))
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -393,8 +393,8 @@ def utf8_length(tokens: list[int], tokenizer: Tokenizer) -> int:
 
 
 def subset(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """A run on a part of the stream says so in its log and its record."""
-    everything, row, final = subject.stream_of(0), subject.stated, subject.logs[-1].rstrip().splitlines()[-1]
+    """Check that log and record call the scored text whole or partial as it is."""
+    everything, row, final = subject.stream(0), subject.stated, subject.logs[-1].rstrip().splitlines()[-1]
     whole = (row["tokens"], row["documents"]) == (len(everything), everything.documents)
     labelled = ("whole stream" if whole else "PARTIAL stream") in final and row["whole_stream"] == whole
     return labelled, (
@@ -404,7 +404,7 @@ def subset(subject: Subject, passes: Passes) -> tuple[bool, str]:
 
 
 def separation(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """No validation document stands in the training shards, and no more 64-token runs of them than chance brings."""
+    """Check that training shards hold no validation document, and no more of its 64-token runs than chance brings."""
     tokens = np.concatenate([train_gpt.read_shard(path) for path in train_gpt.find_shards(subject.c, "val")])
     hashes, place = np.unique(run_hashes(tokens), return_inverse=True)
     found, n_train, short = np.zeros(len(hashes), dtype=bool), 0, set()
@@ -435,14 +435,14 @@ def separation(subject: Subject, passes: Passes) -> tuple[bool, str]:
 
 
 def split_documents(tokens: np.ndarray, c: Config, values: np.ndarray | None = None) -> list[np.ndarray]:
-    """The values (the tokens themselves) of each document without its BOS, from the first BOS on."""
+    """Return the values (the tokens themselves) of each document without its BOS, from the first BOS on."""
     begins = np.flatnonzero(tokens == c.bos_id)
     return [part[1:] for part in np.split(tokens if values is None else values, begins)[1:]]
 
 
 def run_hashes(tokens: np.ndarray) -> np.ndarray:
-    """A 64-bit polynomial hash of every RUN_TOKENS consecutive tokens, by doubling: uint64 [n - RUN_TOKENS + 1]."""
-    number, length, factor = tokens.astype(np.uint64) + np.uint64(1), 1, train_gpt.ContextIndex.MULTIPLIER
+    """Return a hash of every RUN_TOKENS consecutive tokens, a 64-bit polynomial: uint64 [n - RUN_TOKENS + 1]."""
+    number, length, factor = tokens.astype(np.uint64) + np.uint64(1), 1, train_gpt.HashChains.MULTIPLIER
     while length < RUN_TOKENS:
         number = number[: max(0, len(number) - length)] * np.uint64(factor) + number[length:]
         factor, length = factor * factor % 2**64, 2 * length
@@ -466,7 +466,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def in_a_folder_of_its_own(folder: str, script: Path, *arguments: str, **env: str) -> tuple[int, str]:
-    """Run a copy of a script there, which can open nothing outside but Python itself: (status, what it said last)."""
+    """Run a copy of a script there; outside it can open Python's own files only. Return (status, its last words)."""
     here = Path(folder, script.parent.name, script.name)
     here.parent.mkdir(exist_ok=True)
     shutil.copy(script, here)
@@ -478,7 +478,7 @@ def in_a_folder_of_its_own(folder: str, script: Path, *arguments: str, **env: st
 
 
 def outside_settings() -> dict[str, str]:
-    """The environment without what belongs to a run."""
+    """Return the environment without what belongs to a run."""
     belongs = {f.name.upper() for f in dataclasses.fields(Config)} | {"RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH"}
     return {name: value for name, value in os.environ.items() if name not in belongs}
 
@@ -492,13 +492,14 @@ def tokenizer_path(c: Config) -> str:
 
 
 def training_text_only(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """The script makes the same artifact whatever the validation text is: two steps on the CPU, and all that follows.
+    """Check that the script makes the same artifact whatever the validation text is.
 
-    Both validation texts are training text of the run, and no other can be read.
+    A dry run takes two steps on the CPU and does all that follows them. Both validation texts are training text of the
+    run, and no other can be read.
     """
     if subject.training is None:
         return False, "no record of the training was given"
-    artifacts = [rehearse(subject, part) for part in range(2)]
+    artifacts = [dry_run(subject, part) for part in range(2)]
     alike = bool(artifacts[0][0]) and artifacts[0][0] == artifacts[1][0]
     said = "".join(dict.fromkeys(said for _, said in artifacts))
     return alike, (
@@ -507,16 +508,20 @@ def training_text_only(subject: Subject, passes: Passes) -> tuple[bool, str]:
     )
 
 
-def rehearse(subject: Subject, part: int) -> tuple[bytes, str]:
-    """The artifact of a very short run by the settings of the run that trained, and what it said if it failed."""
+def dry_run(subject: Subject, part: int) -> tuple[bytes, str]:
+    """Train for two steps by the settings of the run that trained. Return (the artifact, the last words of a failure).
+
+    The script runs in a folder of its own, which has no configs: every setting is given explicitly.
+    """
     c, seq_len = subject.c, subject.c.train_seq_len
     shard = train_gpt.read_shard(train_gpt.find_shards(c, "train")[0])
     n = min(64 * seq_len, len(shard) // 2)
     val_tokens = min(4 * max(seq_len, c.eval_seq_len), (len(shard) - n) // 2)
     validation = shard[n + part * val_tokens : n + (part + 1) * val_tokens]
-    given = dict(preset="", phase="both", run_id="rehearsal", log_dir="logs", iterations=2, val_loss_every=1)
+    given = dict(preset="", phase="both", run_id="dry_run", log_dir="logs", iterations=2, val_loss_every=1)
     given |= dict(data_path="data", tokenizer_path="", artifact_path="", scores_path="", device="cpu", val_tokens=0)
     given |= dict(train_batch_tokens=seq_len, max_wallclock_seconds=0.0, gptq_tokens=seq_len, stages=("roundtrip",))
+    given |= dict(kernels=())
     stated = {name.upper(): train_gpt.show(as_setting(x)) for name, x in (subject.training["config"] | given).items()}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
@@ -525,7 +530,7 @@ def rehearse(subject: Subject, part: int) -> tuple[bytes, str]:
         (data / "x_train_000000.bin").write_bytes(as_shard(shard[:n]))
         (data / "x_val_000000.bin").write_bytes(as_shard(np.concatenate([[c.bos_id], validation])))
         status, said = in_a_folder_of_its_own(folder, subject.script, **stated)
-        path = Path(folder, "logs", "rehearsal.artifact")
+        path = Path(folder, "logs", "dry_run.artifact")
         return path.read_bytes() if status == 0 and path.is_file() else b"", said
 
 
@@ -536,19 +541,19 @@ def as_shard(tokens: np.ndarray) -> bytes:
 
 
 def files(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """The script at hand is the one that trained and scored, and the artifact is the one that the records speak of."""
+    """Check that the script at hand trained and scored, and that the records name the artifact at hand."""
     script_sha256 = hashlib.sha256(Path(subject.script).read_bytes()).hexdigest()
     logged = {sha for log in subject.logs for sha in re.findall(r"^script_sha256:(\S+)$", log, re.MULTILINE)}
     records = [record for record in (subject.training, subject.record) if record]
     stated = {record["artifact"].get("sha256", "none") for record in records}
-    return logged == {script_sha256} and stated == {subject.kept["sha256"]}, (
+    return logged == {script_sha256} and stated == {subject.header["sha256"]}, (
         f"script {script_sha256[:12]} here, {', '.join(sorted(x[:12] for x in logged)) or 'none'} in the logs;"
-        f" artifact {subject.kept['sha256'][:12]} here, {', '.join(sorted(x[:12] for x in stated))} in the records"
+        f" artifact {subject.header['sha256'][:12]} here, {', '.join(sorted(x[:12] for x in stated))} in the records"
     )
 
 
 def size(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """Script and artifact under the decimal cap, by the files at hand."""
+    """Check that script and artifact are under the decimal cap, by the files at hand."""
     code, model = (os.path.getsize(path) for path in (subject.script, subject.c.artifact_path))
     stated = subject.record["artifact"]
     agrees = stated["total_bytes"] == code + model and stated["cap_bytes"] == CAP_BYTES
@@ -559,14 +564,13 @@ def size(subject: Subject, passes: Passes) -> tuple[bool, str]:
 
 
 def time(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """Training with all that belongs to it, and evaluation, within 600 s each where the hardware is a GPU."""
+    """Check that training with all that belongs to it, and evaluation, took 600 s each at most on a GPU."""
     if subject.training is None:
         return False, "no record of the training was given"
     if not isinstance(subject.training["train"]["seconds"], dict):
-        return False, "the record of the training is of another script: it has no seconds by part"
+        return False, "another script made the record of the training: it has no seconds by part"
     parts = dict(subject.training["train"]["seconds"])
-    total, _ = parts.pop("total"), parts.pop("reserve")
-    spent = dict(training=max(total, sum(parts.values())), evaluation=subject.stated["seconds"])
+    spent = dict(training=max(parts.pop("total"), sum(parts.values())), evaluation=subject.stated["seconds"])
     hardware = dict(training=subject.training["hardware"], evaluation=subject.record["hardware"])
     over = [name for name, seconds in spent.items() if seconds > LIMIT_SECONDS and "on CPU" not in hardware[name]]
     listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
@@ -578,28 +582,29 @@ def time(subject: Subject, passes: Passes) -> tuple[bool, str]:
 
 
 def decoded(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """The text comes back, in a process that has the artifact, the bits and a tokenizer, and takes what is reported."""
-    stream, c = subject.stream, subject.c
-    length = train_gpt.chunk_length(subject.stage, c)
-    data = codec.encode(subject.predictor(subject.run), stream.tokens.to(subject.run.device), length)
+    """Check that another process decodes the text from artifact, tokenizer and as many bits as the record states."""
+    head, c, stop = subject.head, subject.c, subject.ttt_stop
+    data = codec.encode(subject.predictor(stop), head.tokens.to(subject.dist.device), subject.chunk_tokens)
     by_token = None if subject.chunks else per_token_record(subject)
-    bits = (passes.ledger.nats if by_token is None else by_token["nll_nats"][: len(stream)]).sum() / math.log(2)
+    bits = (passes.ledger.nll if by_token is None else by_token["nll_nats"][: len(head)]).sum() / math.log(2)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "text.bits").write_bytes(data)
+        Path(folder, "tools").mkdir()
         shutil.copy(c.artifact_path, Path(folder, "x.artifact"))
         shutil.copy(tokenizer_path(c), Path(folder, "tokenizer.model"))
         shutil.copy(subject.script, Path(folder, "train_gpt.py"))
+        shutil.copy(runs.__file__, Path(folder, "tools", "runs.py"))
         named = ("--artifact", "x.artifact", "--tokenizer", "tokenizer.model", "--file", "text.bits", "--out", "text")
-        named += ("--epochs", subject.epochs)
+        named += () if stop is None else ("--ttt-chunks", str(stop))
         env = dict(STAGES=subject.stage, DEVICE=c.device, DTYPE=c.dtype, MICRO_BATCH_TOKENS=str(c.micro_batch_tokens))
         env |= dict(TTT_CHUNK_TOKENS=str(c.ttt_chunk_tokens)) if subject.chunks else {}
         status, said = in_a_folder_of_its_own(folder, Path(codec.__file__), "decode", *named, **env)
         text = Path(folder, "text").read_bytes() if status == 0 else b""
-    equal = text == codec.as_text(stream.tokens, subject.tokenizer)
+    equal = text == codec.as_text(head.tokens, subject.tokenizer)
     close = abs(8 * len(data) - bits) <= FILE_TOLERANCE * bits + 64
     source = "this pass" if by_token is None else "the run"
     return equal and close, (
-        f"{len(stream)} tokens in {len(data)} bytes, {bits / 8:.1f} by {source};"
+        f"{len(head)} tokens in {len(data)} bytes, {bits / 8:.1f} by {source};"
         f" text of {len(text)} bytes {'identical' if equal else 'NOT identical'}{said}"
         f"{'; ' + subject.chunks if subject.chunks else ''}"
     )
@@ -626,10 +631,13 @@ CHECKS = {
 }
 
 
-def audit(subject: Subject, names=tuple(CHECKS), probes: int = 4, say=lambda name, passed, figure: None) -> dict:
-    """{check: (passed, figure)} of the named checks, in order."""
-    ledger, score = watched_pass(subject, subject.run, probes)
-    passes = Passes(ledger, score, *pass_of_ranks(subject, 2, 1))
+def watch(subject: Subject, probes: int = 4) -> Passes:
+    """Score the head by one rank and by two, and watch."""
+    return Passes(*watched_pass(subject, subject.dist, probes), *pass_of_ranks(subject, 2, 1))
+
+
+def audit(subject: Subject, passes: Passes, names=tuple(CHECKS), say=lambda name, passed, figure: None) -> dict:
+    """Return {check: (passed, figure)} of the named checks, in order."""
     found = {}
     for name in names:
         found[name] = CHECKS[name](subject, passes)
@@ -643,9 +651,9 @@ def audit(subject: Subject, names=tuple(CHECKS), probes: int = 4, say=lambda nam
 
 
 def read_records(paths: list[str]) -> tuple[dict | None, dict, Path, tuple[str, ...]]:
-    """The record of training, that of the score and its folder, and all logs, the scoring one last.
+    """Return the record of training, that of the score and its folder, and all logs, the scoring one last.
 
-    Raises InputError.
+    Raise InputError.
     """
     training, scored, logs = None, None, []
     for path in map(Path, paths):
@@ -663,7 +671,7 @@ def read_records(paths: list[str]) -> tuple[dict | None, dict, Path, tuple[str, 
 
 
 def shortened(c: Config, stage: str, n_tokens: int) -> tuple[int, str]:
-    """Chunks of which several fit into the tokens, and in words how they differ from the run's."""
+    """Return the length of chunks of which several fit into the tokens, and how they differ from the run's in words."""
     if n_tokens >= LEAST_CHUNKS * c.ttt_chunk_tokens or train_gpt.chunk_length(stage, c) != c.ttt_chunk_tokens:
         return c.ttt_chunk_tokens, ""
     length = max(c.eval_stride, n_tokens // LEAST_CHUNKS // c.eval_stride * c.eval_stride)
@@ -671,37 +679,34 @@ def shortened(c: Config, stage: str, n_tokens: int) -> tuple[int, str]:
 
 
 def subject_of(args) -> Subject:
-    """The run that the arguments name. Raises InputError."""
+    """Open the run that the arguments name. Raise InputError."""
     training, record, folder, logs = read_records(args.record or [str(Path(args.artifact).with_suffix(".json"))])
     try:
         stage, config = record["final_stage"], record["config"]
         limit = record["stages"][stage]["tokens"]
         names = ("device", "dtype", "micro_batch_tokens", *train_gpt.Config().marked("score"))
-        as_run = {name.upper(): train_gpt.show(as_setting(config[name])) for name in names}
+        as_run = {name.upper(): as_setting(config[name]) for name in names}
     except (KeyError, TypeError) as error:
         raise InputError(f"--record: the record of the score lacks {error}; this script's records have it") from None
     head = min(args.tokens or limit, limit)
-    c, kept, parts = codec.in_force(args.artifact, args.data, **{**as_run, "VAL_TOKENS": head, "STAGES": stage})
-    run, tokenizer = Run(c), Tokenizer(c)
-    train_gpt.check_tokenizer(kept, tokenizer, args.artifact)
-    stream = Stream(c, run.device, tokenizer)
-    length, words = shortened(c, stage, len(stream))
-    c = dataclasses.replace(c, ttt_chunk_tokens=length)
-    model, mixer = train_gpt.unpack(parts, c, run)
-    return Subject(c, run, tokenizer, stream, model, mixer, stage, kept, training, record, folder, logs, words)
+    run = runs.load_run(args.artifact, args.data, **{**as_run, "VAL_TOKENS": head, "STAGES": stage})
+    stream = run.stream()
+    length, words = shortened(run.c, stage, len(stream))
+    opened = vars(run) | dict(c=dataclasses.replace(run.c, ttt_chunk_tokens=length))
+    return Subject(**opened, head=stream, training=training, record=record, folder=folder, logs=logs, chunks=words)
 
 
 def report_of(subject: Subject, found: dict) -> dict:
-    """What `--report` writes."""
+    """Return what `--report` writes."""
     return dict(
         run_id=subject.record["run_id"],
         val_bpb=subject.record["val_bpb"],
         stage=subject.stage,
-        artifact_sha256=subject.kept["sha256"],
+        artifact_sha256=subject.header["sha256"],
         script_sha256=hashlib.sha256(Path(subject.script).read_bytes()).hexdigest(),
-        tokens=len(subject.stream),
+        tokens=len(subject.head),
         chunks=subject.chunks or "the run's",
-        hardware=subject.run.hardware(),
+        hardware=train_gpt.hardware(subject.dist),
         versions=train_gpt.versions(),
         checks={name: dict(passed=bool(passed), figure=figure) for name, (passed, figure) in found.items()},
     )
@@ -717,17 +722,19 @@ def main() -> int:
     )
     parser.add_argument("--report", metavar="FILE", help="write the findings as JSON")
     args = parser.parse_args()
-    codec.be_deterministic()
+    runs.be_deterministic()
     try:
         subject = subject_of(args)
-        print(f"# {args.artifact}: {len(subject.stream)} tokens, stage {subject.stage}, {subject.run.hardware()}")
+        print(
+            f"# {args.artifact}: {len(subject.head)} tokens, stage {subject.stage}, {train_gpt.hardware(subject.dist)}"
+        )
         if subject.chunks:
             print(f"# {subject.chunks}")
 
         def say(name: str, passed: bool, figure: str) -> None:
             print(f"{'PASS' if passed else 'FAIL'}  {name:<20} {figure}", flush=True)
 
-        found = audit(subject, say=say)
+        found = audit(subject, watch(subject), say=say)
         if args.report:
             report = (json.dumps(report_of(subject, found), indent=1) + "\n").encode()
             codec.write(args.report, report)

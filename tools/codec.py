@@ -1,21 +1,20 @@
-"""Text to bits and back, with the rows that a score charges for: what the score says a text takes, taken.
+"""Encode text to bits and decode it, with the rows that a score is made of. The bits are as many as the score states.
 
 python tools/codec.py encode --artifact A --data D --tokens N --out F           # the head of the validation stream
 python tools/codec.py decode --artifact A --tokenizer T --file F --out text.txt  # elsewhere, from A, T and F alone
 
-How a text is predicted is part of the artifact; a setting in the environment (TTT_CHUNK_TOKENS=512) overrides it.
-Both sides need the same, and the same STAGES, DEVICE, DTYPE and MICRO_BATCH_TOKENS, which belong to the machine.
+The artifact holds the settings of scoring; a setting in the environment (TTT_CHUNK_TOKENS=512) overrides it. Both sides
+need the same settings, and the same STAGES, DEVICE, DTYPE and MICRO_BATCH_TOKENS, which belong to the machine.
 
-Both sides must have each row to the last bit, the encoder with the whole chunk at hand and the decoder with zeros
-where it knows no token yet. They have, because both ask `predict` for the same EVAL_STRIDE rows at a time, so that
-dense tensors have the same shapes, and then a row's arithmetic does not touch what comes after it: attention adds
-exact zeros for later positions, a matrix product's sums run over channels and not over rows, the context index
-compares integers, and the mixer's network runs on blocks of one size, in which an entry's place depends on earlier
-rows only. What is done number by number (exp, log) gives the same bits wherever in a tensor the number stands.
-`update` is given equal tensors on both sides and is the same function of them on CPU; on CUDA,
-torch.use_deterministic_algorithms picks kernels that add in a fixed order, and nothing is compiled or chosen by
-its speed, which may turn out differently in each process. None of this is taken on trust: where it failed, the
-checksum would tell.
+Both sides must make each row to the last bit. The encoder has the whole chunk, and the decoder has zeros in place of
+the tokens that it does not know yet. Both ask `predict` for the same EVAL_STRIDE rows at a time: dense tensors have the
+same shapes. A row's arithmetic does not touch what comes after it. Attention adds exact zeros for later positions. A
+matrix product sums over channels and not over rows. The hash chains compare integers. The mixer's network runs on
+blocks of one size, and an entry's place in them depends on earlier rows only. Hedge adds up its weights row by row.
+`exp` and `log` give a number the same bits wherever it stands in a tensor. `predict` makes what one stride leaves to
+the next again when a token of the stride changes. `update` receives equal tensors on both sides. On CUDA,
+torch.use_deterministic_algorithms picks kernels that add in a fixed order, and nothing is compiled. A checksum in the
+file shows whether the tokens came back.
 """
 
 from __future__ import annotations
@@ -33,42 +32,26 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
-from train_gpt import Config, InputError, Run, Stream, Tokenizer
+from runs import be_deterministic, load_run
+from train_gpt import InputError, Tokenizer
 
 MAGIC = b"\xb7"  # one byte: a file is measured by its length
 CHECKSUM_BYTES, MOST_TOKENS = 4, 2**31 - 1
 UNKNOWN = 0  # stands where the decoder knows no token yet
 
 
-def in_force(artifact: str | Path, data: str | Path, **overrides) -> tuple[Config, dict, dict[str, bytes]]:
-    """The settings that the artifact is scored with here, its header and its parts. Raises InputError."""
-    given = dict(PHASE="eval", ARTIFACT_PATH=artifact, DATA_PATH=data, TORCH_COMPILE=0, KERNELS="", **overrides)
-    env = {**os.environ, **{name: str(value) for name, value in given.items()}}
-    if env.get("WORLD_SIZE", "1") != "1":
-        raise InputError(f"WORLD_SIZE={env['WORLD_SIZE']}: allowed is 1; run this with python, not with torchrun")
-    header, parts = train_gpt.read_artifact(artifact)
-    return train_gpt.as_packed(Config.from_env(env), header, env), header, parts
-
-
-def be_deterministic() -> None:
-    """Kernels that give the same bits in every process, also on CUDA."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # every tensor here is written before it is read
-
-
 # ======================================================================================================================
-# Coder: a range coder whose model is a row, and what surrounds its words in a file.
+# Coder: a range coder with a row as its model, and what surrounds its words in a file.
 # ======================================================================================================================
 
 
 def categorical(logp: Tensor):
-    """The coder's model of a row [V]: 24 bits, of which every token gets at least one step."""
+    """Return the coder's model of a row [V]: 24 bits, of which every token gets at least one step."""
     return constriction.stream.model.Categorical(logp.exp().cpu().numpy(), lazy=True)
 
 
 def as_bytes(encoder) -> bytes:
-    """The shortest bytes that name a number in the coder's interval; the decoder reads zeros behind them."""
+    """Return the shortest bytes that name a number in the coder's interval; the decoder reads zeros behind them."""
     words = encoder.get_compressed()
     position, (lower, size) = encoder.pos()  # the interval's last 64 bits, behind `position` words
     n_bytes = 4 * (position + 2)
@@ -91,7 +74,7 @@ def checksum(tokens: Tensor) -> bytes:
 
 
 def to_varint(n: int) -> bytes:
-    """Seven bits a byte, low ones first, the top bit set on all but the last."""
+    """Return seven bits a byte, low ones first, the top bit set on all but the last."""
     found = []
     while n >= 128:
         n, low = divmod(n, 128)
@@ -100,7 +83,7 @@ def to_varint(n: int) -> bytes:
 
 
 def from_varint(data: bytes) -> tuple[int, bytes]:
-    """The number and what follows it. Raises InputError if it does not end."""
+    """Return the number and what follows it. Raise InputError if it does not end."""
     last = next((i for i, byte in enumerate(data[:5]) if byte < 128), None)
     n = 0 if last is None else sum((byte & 127) << (7 * i) for i, byte in enumerate(data[: last + 1]))
     if last is None or n > MOST_TOKENS:
@@ -116,16 +99,16 @@ def from_varint(data: bytes) -> tuple[int, bytes]:
 def walk(predictor, tokens: Tensor, chunk_tokens: int, code) -> None:
     """Call code(row, token) at every position of tokens [n + 1] but the first, in order, and put in what it returns.
 
-    The rows of a stride are predicted at once, and again when a token came in that the later ones did not know. The
-    predictor learns from each chunk but the last, as in train_gpt.score.
+    The rows of a stride are predicted together, and again after a token that the later rows did not know. The predictor
+    learns from each chunk but the last, as in train_gpt.score.
     """
-    n = len(tokens) - 1
+    n, stage = len(tokens) - 1, predictor.stages[-1]
     for start in range(0, n, chunk_tokens):
         chunk = tokens[start : min(start + chunk_tokens, n) + 1]
         for low in range(0, len(chunk) - 1, predictor.stride):
             rows, logp = slice(low, min(low + predictor.stride, len(chunk) - 1)), None
             for t in range(rows.start, rows.stop):
-                logp = predictor.predict(chunk[:-1], rows) if logp is None else logp
+                logp = predictor.predict(chunk[:-1], rows)[stage] if logp is None else logp
                 expected = int(chunk[t + 1])
                 token = code(logp[t - low], expected)
                 if token != expected:
@@ -135,7 +118,7 @@ def walk(predictor, tokens: Tensor, chunk_tokens: int, code) -> None:
 
 
 def encode(predictor, tokens: Tensor, chunk_tokens: int) -> bytes:
-    """A file's content for tokens [n + 1], of which the first is given: magic, n, a checksum, the coder's words."""
+    """Return a file's content for tokens [n + 1], the first of them given: magic, n, a checksum, the coder's words."""
     encoder = constriction.stream.queue.RangeEncoder()
 
     def code(logp: Tensor, token: int) -> int:
@@ -146,44 +129,26 @@ def encode(predictor, tokens: Tensor, chunk_tokens: int) -> bytes:
     return MAGIC + to_varint(len(tokens) - 1) + checksum(tokens) + as_bytes(encoder)
 
 
-def decode(predictor, data: bytes, bos_id: int, chunk_tokens: int, device: torch.device) -> Tensor:
-    """The tokens [n + 1] of a file's content. Raises InputError where they are not those that were encoded."""
+def decode(predictor, data: bytes, bos_id: int, chunk_tokens: int) -> Tensor:
+    """Return the tokens [n + 1] of a file's content. Raise InputError where they are not the encoded ones."""
     if data[:1] != MAGIC:
         raise InputError(f"encoded file: it begins with {data[:1].hex() or 'nothing'}; allowed is {MAGIC.hex()}")
     n, data = from_varint(data[1:])
     digest, decoder = data[:CHECKSUM_BYTES], as_decoder(data[CHECKSUM_BYTES:])
-    tokens = torch.full((n + 1,), UNKNOWN, device=device)
+    tokens = torch.full((n + 1,), UNKNOWN, device=predictor.dist.device)
     tokens[0] = bos_id
     try:
         walk(predictor, tokens, chunk_tokens, lambda logp, _: int(decoder.decode(categorical(logp))))
     except AssertionError as error:  # what constriction raises where no symbol fits
         raise InputError(f"encoded file: not decodable with this artifact ({error})") from None
     if checksum(tokens) != digest:
-        raise InputError("encoded file: its checksum is not that of the tokens that come out of it with this artifact")
+        raise InputError("encoded file: with this artifact, tokens with another checksum come out of it")
     return tokens
 
 
 # ======================================================================================================================
 # The two commands.
 # ======================================================================================================================
-
-
-def epochs_by_chunk(text: str) -> tuple[int, ...]:
-    """What a run gave its chunks, from "3*12,2*40": 12 chunks of 3 epochs, then 40 of 2. Raises InputError."""
-    parts = [part.partition("*") for part in text.split(",") if part]
-    if not all(epochs.isdecimal() and times.isdecimal() for epochs, _, times in parts):
-        raise InputError(f"--epochs={text}: allowed are pairs of epochs and chunks such as 3*12,2*40")
-    return tuple(int(epochs) for epochs, _, times in parts for _ in range(int(times)))
-
-
-def prepare(artifact: str, data: str | Path, epochs: str = "", **overrides):
-    """(settings, run, tokenizer, predictor of the last of STAGES, its chunks' length). Raises InputError."""
-    c, header, parts = in_force(artifact, data, **overrides)
-    run, tokenizer, stage = Run(c), Tokenizer(c), c.stages[-1]
-    train_gpt.check_tokenizer(header, tokenizer, artifact)
-    pace = train_gpt.Pace(c.ttt_epochs, run, told=epochs_by_chunk(epochs))
-    predictor = train_gpt.make_predictor(stage, *train_gpt.unpack(parts, c, run), c, run, tokenizer, pace)
-    return c, run, tokenizer, predictor, train_gpt.chunk_length(stage, c)
 
 
 def write(path: str, data: bytes) -> None:
@@ -194,29 +159,29 @@ def write(path: str, data: bytes) -> None:
 
 
 def run_encode(args) -> None:
-    c, run, tokenizer, predictor, length = prepare(args.artifact, args.data, args.epochs, VAL_TOKENS=args.tokens)
-    stream = Stream(c, run.device, tokenizer)
-    data = encode(predictor, stream.tokens.to(run.device), length)
+    run = load_run(args.artifact, args.data, VAL_TOKENS=args.tokens)
+    stream = run.stream()
+    data = encode(run.predictor(args.ttt_chunks), stream.tokens.to(run.dist.device), run.chunk_tokens)
     write(args.out, data)
     if args.text:
-        write(args.text, as_text(stream.tokens, tokenizer))
+        write(args.text, as_text(stream.tokens, run.tokenizer))
     n_bytes = int(stream.token_bytes.sum())
     rate = f"{8 * len(data) / n_bytes:.4f} bits a byte"
     print(f"{len(stream)} tokens, {n_bytes} bytes of text, in {len(data)} bytes: {rate}")
 
 
 def run_decode(args) -> None:
-    folder = os.path.dirname(os.path.abspath(args.tokenizer))
-    c, run, tokenizer, predictor, length = prepare(args.artifact, folder, args.epochs, TOKENIZER_PATH=args.tokenizer)
+    run = load_run(args.artifact, os.path.dirname(os.path.abspath(args.tokenizer)), TOKENIZER_PATH=args.tokenizer)
     try:
         data = Path(args.file).read_bytes()
     except OSError as error:
         raise InputError(f"--file={args.file}: {error.strerror}") from None
-    write(args.out, as_text(decode(predictor, data, c.bos_id, length, run.device), tokenizer))
+    tokens = decode(run.predictor(args.ttt_chunks), data, run.c.bos_id, run.chunk_tokens)
+    write(args.out, as_text(tokens, run.tokenizer))
 
 
 def documents(tokens: list[int], tokenizer: Tokenizer) -> list[str]:
-    """The text of each document, by the tokenizer's own decoder."""
+    """Return the text of each document, by the tokenizer's own decoder."""
     found: list[list[int]] = []
     for token in tokens:
         if token == tokenizer.bos_id:
@@ -227,7 +192,7 @@ def documents(tokens: list[int], tokenizer: Tokenizer) -> list[str]:
 
 
 def as_text(tokens: Tensor, tokenizer: Tokenizer) -> bytes:
-    """The documents one after the other, a blank line between them."""
+    """Return the documents one after the other, a blank line between them."""
     return "\n\n".join(documents(tokens.tolist(), tokenizer)).encode()
 
 
@@ -238,7 +203,7 @@ def main() -> int:
         command = commands.add_parser(name, help=text)
         command.add_argument("--artifact", required=True, metavar="FILE")
         command.add_argument("--out", required=True, metavar="FILE")
-        command.add_argument("--epochs", default="", metavar="E*N,...", help="by chunk, if the run had to lower them")
+        command.add_argument("--ttt-chunks", type=int, metavar="N", help="adapt to N chunks only: a record's ttt_stop")
         if name == "encode":
             command.add_argument("--data", required=True, metavar="DIR", help="shards and tokenizer")
             command.add_argument("--tokens", type=int, default=8192, help="how many [8192]")
