@@ -1553,7 +1553,11 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
             elapsed = clock.seconds()
             total = min(c.iterations, max(step, int(step * budget / elapsed))) if budget else total
         if step <= 5 or step % c.train_log_every == 0 or step >= total:
-            log_step(step, f"train_loss:{finite_loss(nll, step, c, dist):.4f}", clock.seconds(), c)
+            loss = dist.sum(nll).item() / c.batch_tokens
+            if not math.isfinite(loss):
+                advice = f"allowed is a finite loss; lower MATRIX_LR={c.matrix_lr}?"
+                raise InputError(f"train_loss={loss} at step {step}: {advice}")
+            log_step(step, f"train_loss:{loss:.4f}", clock.seconds(), c)
         if c.val_loss_every and step % c.val_loss_every == 0:
             with clock.stopped():
                 log_step(step, validate(called, stream, c, dist), clock.total, c)
@@ -1566,14 +1570,6 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
     step_avg_ms = round(1000 * elapsed / step, 3)
     record = dict(steps=step, tokens=step * c.batch_tokens, step_avg_ms=step_avg_ms, seconds=elapsed, **counts)
     return averages, clock, record
-
-
-def finite_loss(nll: Tensor, step: int, c: Config, dist: Dist) -> float:
-    """Return the nll per token of a step's batch over all ranks. Raise InputError if it is not finite."""
-    loss = dist.sum(nll).item() / c.batch_tokens
-    if not math.isfinite(loss):
-        raise InputError(f"train_loss={loss} at step {step}: allowed is a finite loss; lower MATRIX_LR={c.matrix_lr}?")
-    return loss
 
 
 def log_step(step: int, losses: str, elapsed: float, c: Config) -> None:
@@ -2859,7 +2855,8 @@ def score(predictor, stream: Stream, chunk_tokens: int, dist: Dist, progress=Non
                 charged = -logp.gather(1, chunk.targets[mine].unsqueeze(1)).squeeze(1)  # a row meets its target
                 part = slice(mine.start - rows.start, mine.stop - rows.start)
                 nll[stage][chunk.start + rows.start :][:n] = dist.gather(charged.double(), part, n).cpu()
-                worst[stage] = max(worst[stage], dist.max(row_sum_error(logp)))
+                error = (logp.double().exp().sum(-1) - 1).abs().max().item() if len(logp) else 0.0
+                worst[stage] = max(worst[stage], dist.max(error if math.isfinite(error) else math.inf))
                 if worst[stage] > SUM_TOLERANCE:
                     where = f"scoring: by position {chunk.start + rows.stop}"
                     raise InputError(f"{where} a row's sum is off by {worst[stage]}; allowed is {SUM_TOLERANCE}")
@@ -2871,21 +2868,8 @@ def score(predictor, stream: Stream, chunk_tokens: int, dist: Dist, progress=Non
     return {stage: Score(nll[stage], stream.token_bytes, worst[stage], seconds) for stage in predictor.stages}
 
 
-def row_sum_error(logp: Tensor) -> float:
-    """Return the largest |sum of a row's probabilities - 1|; infinite if a row is not finite."""
-    error = (logp.double().exp().sum(-1) - 1).abs().max().item() if len(logp) else 0.0
-    return error if math.isfinite(error) else math.inf
-
-
 # ==================== main ============================================================================================
 # The order of the phases, and the records of a run.
-
-
-def stage_label(stage: str, c: Config) -> str:
-    """Return the name by which the field's scripts find a score in a log."""
-    quant = quant_label(c)
-    labels = dict(roundtrip=f"final_{quant}_roundtrip", sliding=f"final_{quant}_sliding_window", ttt="legal_ttt")
-    return labels.get(stage, stage)
 
 
 def run_pass(predictor, stream: Stream, c: Config, dist: Dist) -> dict[str, Score]:
@@ -2899,9 +2883,12 @@ def run_pass(predictor, stream: Stream, c: Config, dist: Dist) -> dict[str, Scor
             log.info(f"  {last}_chunk [{done}/{len(stream)}] bpb={bpb:.4f} time={seconds:.1f}s")
 
     scores = score(predictor, stream, chunk_length(last, c), dist, progress)
-    partial = "" if stream.whole else f" partial:{len(stream)}_tokens"
+    quant, partial = quant_label(c), "" if stream.whole else f" partial:{len(stream)}_tokens"
+    # The names by which the field's scripts find a score in a log.
+    labels = dict(roundtrip=f"final_{quant}_roundtrip", sliding=f"final_{quant}_sliding_window", ttt="legal_ttt")
     for stage, result in scores.items():
-        label, loss, bpb, error = stage_label(stage, c), result.val_loss, result.val_bpb, result.max_sum_error
+        label, loss, bpb = labels.get(stage, stage), result.val_loss, result.val_bpb
+        error = result.max_sum_error
         log.info(f"{label} val_loss:{loss:.4f} val_bpb:{bpb:.4f} eval_time:{1000 * result.seconds:.0f}ms{partial}")
         log.info(f"{label}_exact val_loss:{loss:.8f} val_bpb:{bpb:.8f} max_sum_error:{error:.2e}{partial}")
     return scores

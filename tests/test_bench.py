@@ -126,7 +126,7 @@ def test_each_part_of_a_step_gets_its_own_time(tiny_config, virtual_time, monkey
 
 
 def test_watching_changes_no_weight(tiny_config):
-    c, found = tiny_config(), []
+    c, found = tiny_config(iterations=4), []
     for watch in (False, True):
         model, timer = build(c), bench.StepTimer(torch.device("cpu"), lambda step: None)
         with timer.watching() if watch else torch.enable_grad():
@@ -150,7 +150,8 @@ def test_train_prints_the_step_and_the_figures_that_follow_from_it(lines_of, run
     assert tflops == pytest.approx(flops * rate / 1e12, rel=0.01) and share == pytest.approx(200 * tflops, abs=0.06)
     assert figures(r"loader stalls: (\d+) in (\d+) steps", lines)[1] == 3 + 1 + bench.PROFILED_STEPS
     assert figures(r"peak memory: (\d+) MiB resident a rank", lines)[0] > 0
-    assert "aten::mm" in profile.read_text()
+    shares = [float(share) for share in re.findall(r"^ *\S+ +([\d.]+)%", profile.read_text(), re.M)]
+    assert len(shares) == 10 and shares == sorted(shares, reverse=True)
     status, _, errors = run_bench("train", *options)
     assert status == 2 and "exists" in errors[-1]
 
@@ -187,7 +188,7 @@ def test_a_peer_and_ours_are_timed_by_their_own_lines(lines_of, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_peer_that_ends_early_is_named(run_bench, tmp_path, capfd):
+def test_a_peer_that_ends_early_is_named(run_bench, tmp_path):
     (tmp_path / "broken.py").write_text("import sys\nsys.exit('no such luck')\n")
     status, _, errors = run_bench("train", "--peer", tmp_path / "broken.py", "--steps", 10, "--warmup", 10)
     assert status == 2 and "no such luck" in "\n".join(errors)
@@ -197,16 +198,18 @@ def test_a_peer_that_ends_early_is_named(run_bench, tmp_path, capfd):
 # data
 
 
-def test_data_counts_tokens_and_stalls(lines_of, monkeypatch):
+def test_data_counts_tokens_and_stalls(lines_of, virtual_time, monkeypatch):
     def batches(loader):
         for step in range(9):
             loader.stalls += step > 0
             yield step
 
+    slow, virtual_time.sleep = virtual_time.costs(TrainLoader.batch, 0.001), lambda seconds: None
+    monkeypatch.setattr(bench, "time", virtual_time)
+    monkeypatch.setattr(TrainLoader, "batch", lambda *arguments: slow(*arguments))
     monkeypatch.setattr(TrainLoader, "batches", batches)
     lines = lines_of("data", "--seconds", 0, "--rate", 1e9)
-    middle, least, n = figures(r"batch: median (.+) M tokens/s, slowest (.+), spread 0.0% over (\d+) batches", lines)
-    assert middle == least > 0 and n == 1
+    assert lines[-2] == "batch: median 0.26 M tokens/s, slowest 0.26, spread 0.0% over 1 batches"
     assert lines[-1] == "stalls: 1 of 1 batches at 1000.0 M tokens/s"
 
 
@@ -216,7 +219,7 @@ def test_data_counts_tokens_and_stalls(lines_of, monkeypatch):
 def test_score_agrees_with_the_script_at_every_context_and_stride(lines_of, artifact, scored):
     """64 tokens of context are more than the artifact's model has positions for."""
     options = ("--artifact", artifact, "--val-tokens", 600)
-    lines = lines_of("score", *options, "--contexts", "16,64", "--strides", "8,32")
+    lines = lines_of("score", *options, "--contexts", "16,64", "--strides", "32,8")
     assert "PARTIAL: first 600 tokens" in lines[0]
     rows = [line.split() for line in lines[2:]]
     assert [row[:3] for row in rows] == [["16", "8", "2.00"], ["64", "32", "2.00"], ["64", "8", "8.00"]]
@@ -231,12 +234,8 @@ def test_score_agrees_with_the_script_at_every_context_and_stride(lines_of, arti
 def test_ttt_agrees_with_the_script_at_every_stride_and_number_of_epochs(lines_of, artifact, scored, stage):
     options = ("--artifact", artifact, "--val-tokens", 600, "--stage", stage)
     rows = [line.split() for line in lines_of("ttt", *options, "--strides", "32,8", "--epochs", "0,1")[2:]]
-    assert [row[:3] for row in rows] == [
-        ["32", "0", "1.00"],
-        ["8", "0", "4.00"],
-        ["32", "1", "4.00"],
-        ["8", "1", "7.00"],
-    ][:1] + [row[:3] for row in rows[1:]]
+    assert [row[:2] for row in rows] == [["32", "0"], ["8", "0"], ["32", "1"], ["8", "1"]]
+    assert [row[2] for row in rows] == ["1.00", "4.00", "4.00", "7.00"]
     stages = ["ttt"] if stage == "ttt" else ["ttt", "mixed"]
     for stride, epochs, _, *found in rows:
         expected = scored(stage, eval_stride=int(stride), ttt_epochs=int(epochs))
@@ -249,7 +248,7 @@ def test_ttt_agrees_with_the_script_at_every_stride_and_number_of_epochs(lines_o
 def test_each_mixers_row_is_the_script_own_score_with_it(lines_of, artifact, scored, monkeypatch):
     """Also where a chunk has several blocks, with what one leaves to the next."""
     monkeypatch.setattr(train_gpt, "BLOCK_CELLS", 64 * 320)
-    settings = dict(hedge_share=0.01, ttt_epochs=1, ttt_lr=0.05)
+    settings = dict(hedge_share=0.01, ttt_epochs=0, eval_stride=32)
     lines = lines_of("mixer", "--artifact", artifact, "--val-tokens", 600, **settings)
     rows = {name: figures for name, *figures in (line.split() for line in lines[2:])}
     assert rows.keys() == train_gpt.MIXERS.keys()
@@ -304,26 +303,25 @@ def test_the_entropy_of_codes_is_that_of_a_count(tiny_config):
     assert len(tables) > 1 and bench.code_entropy_bytes(quantized) == pytest.approx(bits / 8)
 
 
+@pytest.mark.slow
 def test_artifact_has_a_row_for_each_size_quantizer_and_codec(lines_of, tiny_config, tmp_path, monkeypatch):
-    weights, trained, train = tmp_path / "new" / "w.npz", [], train_gpt.train
-    monkeypatch.setattr(train_gpt, "train", lambda *arguments: trained.append(1) or train(*arguments))
-    options = ("--weights", weights, "--val-tokens", 600, "--bits")
-    lines = lines_of("artifact", *options, 9)
-    assert lines == lines_of("artifact", *options, 9) and len(trained) == 1  # the second time from the file
+    weights = tmp_path / "new" / "w.npz"
+    lines = lines_of("artifact", "--weights", weights, "--val-tokens", 600, "--bits", 9, iterations=3)
     n_codes, nll, bpb = figures(r"# (\d+) quantized weights; float: held-out nll (.+), val_bpb (.+)", lines)
     rows = [line.split() for line in lines[3:]]
     assert [row[:2] for row in rows] == [[quant, codec] for quant in ("int6", "hessian") for codec in ("lzma", "rans")]
     assert all(int(row[2]) == round(9 * n_codes / 8) for row in rows)
     c = dataclasses.replace(tiny_config(), val_tokens=600, late_qat_threshold=0.0)
-    model, dist, tokenizer = build(c), Dist(), Tokenizer(c)
-    model.load_state_dict({name: torch.from_numpy(x) for name, x in bench.np.load(weights).items()})
+    dist, tokenizer = Dist(), Tokenizer(c)
     loader, stream = TrainLoader(c, dist), Stream(c, dist.device, tokenizer)
+    monkeypatch.setattr(train_gpt, "train", None)  # the second time, the weights come from the file
+    model = bench.load_or_train(weights, loader, c, dist)
     infos = train_gpt.measure_hessians(model, loader.first_rows(c.gptq_tokens), dist)
     assert bench.losses(model, loader, stream, c, dist) == (pytest.approx(nll, abs=1e-5), pytest.approx(bpb, abs=1e-5))
     for quant, codec, target, n_bytes, _, gap, found, *_ in rows[1:3]:
         size = int(target) + os.path.getsize(train_gpt.__file__)
         row = dataclasses.replace(c, quant=quant, codec=codec, target_bytes=size)
-        model.load_state_dict({name: torch.from_numpy(x) for name, x in bench.np.load(weights).items()})
+        model = bench.load_or_train(weights, loader, c, dist)
         quantized = train_gpt.fit_to_size(model, infos, BiasNet(row), row, tokenizer.sha256)
         assert int(n_bytes) == len(train_gpt.pack(model, quantized, BiasNet(row), row, tokenizer.sha256))
         for p in train_gpt.by_role(model, "scalar").values():
@@ -349,7 +347,6 @@ def test_input_that_cannot_be_used_costs_one_line(run_bench, artifact, tiny_data
         ("exists", "train", "--profile", tmp_path / "profile"),
         ("No such file", "score", "--artifact", tmp_path / "none"),
         ("--strides=64", "score", "--artifact", artifact, "--strides", "64"),
-        ("ends in .npz", "artifact", "--weights", tmp_path / "w"),
         ("what this command wrote", "artifact", "--weights", tmp_path / "bad.npz"),
     ):
         status, _, errors = run_bench(*arguments)

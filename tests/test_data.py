@@ -1,7 +1,8 @@
-"""Text: shards are read exactly, bytes are counted as the decoder writes them, every position has one window."""
+"""Data: shards are read exactly, bytes are counted as the decoder writes them, every position has one window."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from train_gpt import Config, InputError, Run, Stream, Tokenizer, TrainLoader, read_shard, windows
+from train_gpt import Config, Dist, InputError, Stream, Tokenizer, TrainLoader, read_shard, windows
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
 CPU = torch.device("cpu")
@@ -75,7 +76,7 @@ def test_a_shard_with_half_a_token_is_refused(tmp_path, write_shard):
 
 def test_a_folder_without_shards_is_refused(tmp_path, tiny_config):
     c = tiny_config(tmp_path)
-    assert f"DATA_PATH={tmp_path}" in refusal(TrainLoader, c, Run(c))
+    assert f"DATA_PATH={tmp_path}" in refusal(TrainLoader, c, Dist())
     assert "no shard" in refusal(Stream, c, CPU, None)
 
 
@@ -95,7 +96,7 @@ def test_a_token_past_the_vocabulary_is_refused(tmp_path, write_shard, tiny_conf
     c = tiny_config(tmp_path)
     for split in ("train", "val"):
         write_shard(tmp_path / f"x_{split}_0.bin", [1] * 80 + [320])
-    loader = TrainLoader(c, Run(c))
+    loader = TrainLoader(c, Dist())
     assert "token id 320" in refusal(Stream, c, CPU, None)
     assert "VOCAB_SIZE=320" in refusal(loader.head, 81)
 
@@ -236,10 +237,16 @@ def test_bytes_of_real_text_are_those_of_the_decoded_text(pieces, tmp_path):
 # Training sequences
 
 
-def loader_on(folder, c, rank=0, world_size=1):
-    run = Run(c)
-    run.rank, run.world_size = rank, world_size
-    return TrainLoader(c, run)
+def starts_of(rows):
+    """The first token of each sequence, which in a counting folder is its place."""
+    return rows[:, 0].tolist()
+
+
+def sequences(loader, first, last):
+    """The run's sequences [first, last), taken from the batches of its steps."""
+    size = loader.c.batch_seqs
+    steps = range(first // size, -(-last // size))
+    return torch.cat([loader.batch(step) for step in steps])[first - steps.start * size :][: last - first]
 
 
 @pytest.fixture
@@ -251,24 +258,53 @@ def counting(tmp_path, write_shard, tiny_config):
 
 
 def test_each_sequence_is_a_run_of_consecutive_tokens(counting):
-    loader = loader_on(counting.data_path, counting)
-    for i in range(300):
-        sequence = loader.sequence(i)
-        assert len(sequence) == 33 and (np.diff(sequence) == 1).all()
+    rows = sequences(TrainLoader(counting, Dist()), 0, 300)
+    assert rows.shape == (300, 33) and rows.diff(dim=1).eq(1).all()
 
 
 def test_every_span_comes_once_before_any_comes_twice(counting):
-    loader = loader_on(counting.data_path, counting)
+    loader = TrainLoader(counting, Dist())
     every = [*range(0, 999 - 31, 32), *range(1017, 3332 - 31, 32)]  # the shard of 17 tokens has none
     n = loader.n
-    expected, held_out = every[:n], loader.held_out_batch()[:, 0].tolist()
-    assert held_out == every[n:] and len(held_out) == len(every) // 10
-    text = loader.held_out_text(1000).tolist()
-    assert text == [token for start in every[n:] for token in range(start, start + 32)]
-    assert loader.held_out_text(50).tolist() == text[:50]
+    assert starts_of(loader.averaging_rows()) == every[n:] and len(every) - n == len(every) // 10
     for first in (0, 1, n, 5 * n + 3):
-        starts = [int(loader.sequence(i)[0]) for i in range(first, first + n)]
-        assert sorted(starts) == expected
+        assert sorted(starts_of(sequences(loader, first, first + n))) == every[:n]
+
+
+def test_what_is_held_out_comes_in_the_order_of_the_text(counting):
+    """Averages are chosen and the mixer is fitted on it; no step sees it."""
+    loader = TrainLoader(counting, Dist())
+    starts = starts_of(loader.averaging_rows())
+    text = [token for start in starts for token in range(start, start + 32)]
+    assert loader.calibration_text().tolist() == text
+    few = dataclasses.replace(counting, mixer_calibration_tokens=50)
+    assert TrainLoader(few, Dist()).calibration_text().tolist() == text[:50]
+    assert not set(starts) & set(starts_of(sequences(loader, 0, 2 * loader.n)))
+
+
+@pytest.mark.parametrize(("averaging", "calibration"), [(64, 96), (96, 64), (10, 2), (10**6, 10**6)])
+def test_as_much_is_held_out_as_the_larger_of_its_two_uses_needs(counting, averaging, calibration, monkeypatch):
+    monkeypatch.setattr(TrainLoader, "AVERAGING_TOKENS", averaging)
+    loader = TrainLoader(dataclasses.replace(counting, mixer_calibration_tokens=calibration), Dist())
+    tenth = int(loader.ends[-1]) // 10
+    rows = [min(tenth, -(-tokens // 32)) for tokens in (averaging, calibration)]
+    assert loader.held_out == max(rows) and loader.n + loader.held_out == loader.ends[-1]
+    assert len(loader.averaging_rows()) == rows[0]
+    assert len(loader.calibration_text()) == min(calibration, 32 * max(rows))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_ranks_parts_of_other_rows_are_those_of_one_rank(counting, world_size):
+    alone, loaders = (
+        TrainLoader(counting, Dist()),
+        [TrainLoader(counting, Dist(r, world_size)) for r in range(world_size)],
+    )
+    for n_tokens in (1, 32, 1000):
+        first = alone.first_rows(n_tokens)
+        assert torch.equal(first, sequences(alone, 0, max(1, n_tokens // 32)))
+        assert torch.equal(torch.cat([loader.first_rows(n_tokens) for loader in loaders]), first)
+    assert torch.equal(torch.cat([loader.averaging_rows() for loader in loaders]), alone.averaging_rows())
+    assert all(torch.equal(loader.calibration_text(), alone.calibration_text()) for loader in loaders)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -277,20 +313,19 @@ def test_every_span_comes_once_at_any_length_and_seed(tmp_path, write_shard, tin
     write_shard(tmp_path / "x_train_0.bin", range(n_tokens))
     c = tiny_config(tmp_path, train_seq_len=8, train_batch_tokens=8, vocab_size=65536, seed=seed)
     if n_tokens < 17:
-        assert "2 are needed" in refusal(loader_on, tmp_path, c)
+        assert "2 are needed" in refusal(TrainLoader, c, Dist())
         return
-    loader = loader_on(tmp_path, c)
+    loader = TrainLoader(c, Dist())
     n, spans = loader.n, (n_tokens - 1) // 8
     assert n + loader.held_out == spans and loader.held_out == max(1, spans // 10)
-    starts = [int(loader.sequence(i)[0]) for i in range(n)]
-    assert sorted(starts) == [8 * i for i in range(n)]
+    assert sorted(starts_of(sequences(loader, 0, n))) == [8 * i for i in range(n)]
     assert math.gcd(loader.stride, n) == 1
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 8])
 def test_the_ranks_batches_together_are_the_batch_of_one_rank(counting, world_size):
-    alone = loader_on(counting.data_path, counting)
-    loaders = [loader_on(counting.data_path, counting, rank, world_size) for rank in range(world_size)]
+    alone = TrainLoader(counting, Dist())
+    loaders = [TrainLoader(counting, Dist(rank, world_size)) for rank in range(world_size)]
     for step in (0, 1, 40):
         parts = [loader.batch(step) for loader in loaders]
         assert all(part.shape[1:] == (33,) and part.dtype == torch.int64 for part in parts)
@@ -298,7 +333,7 @@ def test_the_ranks_batches_together_are_the_batch_of_one_rank(counting, world_si
 
 
 def test_batches_that_are_read_ahead_are_the_batches(counting):
-    loader = loader_on(counting.data_path, counting)
+    loader = TrainLoader(counting, Dist())
     ahead = loader.batches()
     for step in range(11):
         assert torch.equal(next(ahead), loader.batch(step))
@@ -306,7 +341,7 @@ def test_batches_that_are_read_ahead_are_the_batches(counting):
 
 
 def test_a_batch_that_is_waited_for_is_a_stall_and_the_first_is_none(counting, monkeypatch):
-    loader, ready = loader_on(counting.data_path, counting), [True, True, False, True, False]
+    loader, ready = TrainLoader(counting, Dist()), [True, True, False, True, False]
 
     class Reader:
         """Makes a batch when it is asked for, and says of each whether it had been made before."""
@@ -323,22 +358,19 @@ def test_a_batch_that_is_waited_for_is_a_stall_and_the_first_is_none(counting, m
 
 def test_what_the_reader_refuses_is_refused_where_the_batch_is_taken(tmp_path, write_shard, tiny_config):
     write_shard(tmp_path / "x_train_0.bin", [5] * 320 + [400] * 640)
-    ahead = loader_on(tmp_path, tiny_config(tmp_path)).batches()
+    ahead = TrainLoader(tiny_config(tmp_path), Dist()).batches()
     assert "token id 400" in refusal(lambda: [next(ahead) for _ in range(20)])
 
 
-def test_batches_follow_from_the_seed_alone(counting, tiny_config):
-    again, other = (
-        loader_on(counting.data_path, counting),
-        tiny_config(counting.data_path, vocab_size=65536, train_batch_tokens=5 * 32, seed=counting.seed + 1),
-    )
-    first = loader_on(counting.data_path, counting).batch(3)
-    assert torch.equal(first, again.batch(3))
-    assert not torch.equal(first, loader_on(counting.data_path, other).batch(3))
+def test_batches_follow_from_the_seed_alone(counting):
+    first, again = (TrainLoader(counting, Dist()).batch(3) for _ in range(2))
+    assert torch.equal(first, again)
+    other = dataclasses.replace(counting, seed=counting.seed + 1)
+    assert not torch.equal(first, TrainLoader(other, Dist()).batch(3))
 
 
 def test_the_head_is_the_first_shards_first_tokens(counting):
-    loader = loader_on(counting.data_path, counting, rank=1, world_size=2)
+    loader = TrainLoader(counting, Dist(1, 2))
     assert loader.head(7).tolist() == [0, 1, 2, 3, 4, 5, 6]
     assert len(loader.head(10**9)) == 1000
 
@@ -346,7 +378,7 @@ def test_the_head_is_the_first_shards_first_tokens(counting):
 def test_shards_shorter_than_a_sequence_are_refused(tmp_path, write_shard, tiny_config):
     write_shard(tmp_path / "x_train_0.bin", range(32))
     c = tiny_config(tmp_path)
-    assert "TRAIN_SEQ_LEN=32" in refusal(TrainLoader, c, Run(c))
+    assert "TRAIN_SEQ_LEN=32" in refusal(TrainLoader, c, Dist())
 
 
 # Windows

@@ -54,7 +54,7 @@ def test_flash_attention_3_is_called_with_its_own_layout(monkeypatch):
         assert causal and not deterministic
         return naive_attention(q, k, v).float(), "log-sum-exp"
 
-    monkeypatch.setattr(train_gpt, "find_flash_attention_3", lambda: stand_in)
+    monkeypatch.setattr(train_gpt, "flash_attn_func", stand_in)
     found = train_gpt.attention(q, k, v, "flash3")
     torch.testing.assert_close(found, train_gpt.attention(q, k, v), atol=1e-5, rtol=0)
 
@@ -159,8 +159,8 @@ def both_ways(operation, inputs, learned, fused):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_softcapped_nll_fused_equals_plain(dtype, vocab_size, cap):
     generator = torch.Generator().manual_seed(vocab_size)
-    logits = (12 * torch.randn(11, vocab_size, generator=generator)).to(dtype).requires_grad_()
-    targets = torch.randint(vocab_size, (11,), generator=generator)
+    logits = (12 * torch.randn(5, vocab_size, generator=generator)).to(dtype).requires_grad_()
+    targets = torch.randint(vocab_size, (5,), generator=generator)
     plain, fused = (both_ways(softcapped_nll, (logits, targets, cap), (logits,), f) for f in (False, True))
     assert fused[0].dtype == torch.float32 and fused[1].dtype == dtype
     torch.testing.assert_close(fused[0], plain[0], atol=2e-5, rtol=1e-6)

@@ -28,7 +28,9 @@ from train_gpt import (
 )
 
 CPU = torch.device("cpu")
-STREAM = st.lists(st.sampled_from([BOS_ID, 4, 5, 6, 7]), min_size=2, max_size=40)
+TOKENS = st.sampled_from([BOS_ID, 4, 5, 6, 7])
+REPEATED = st.tuples(st.lists(TOKENS, min_size=2, max_size=12), st.integers(1, 4)).map(lambda x: x[0] * x[1])
+STREAM = st.one_of(st.lists(TOKENS, min_size=2, max_size=40), REPEATED)
 
 
 def random_net(config, seed=0):
@@ -410,14 +412,17 @@ def test_backoff_equals_a_plain_dictionary(
 
 
 def test_backoff_takes_the_center_of_the_context_s_length(tiny_config):
-    """Of 2 tokens here, though it is the fourth order in the list."""
-    stream, logp = torch.tensor([4, 5, 6, 7, 5, 6, 7]), random_rows(6).float()
-    p_7 = {}
-    for centers in ((3.0,), (3.0, 9.0), (9.0, 3.0), (9.0, 3.0, 3.0), (9.0, 9.0)):
-        config = tiny_config(ngram_orders=(1, 2, 8), backoff_centers=centers, backoff_min_count=1)
-        rows = mixed_rows(MIXERS["backoff"](config, Dist(), None), config, stream, logp, 6, 6)
-        p_7[centers] = rows[5][7].exp().item()
-    assert p_7[3.0,] == p_7[9.0, 3.0] == p_7[9.0, 3.0, 3.0] > p_7[3.0, 9.0] == p_7[9.0, 9.0]
+    """Of 5 tokens here, though 5 is the fourth order in the list; the last center goes on."""
+    stream, logp = torch.tensor([4, 5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 4]), random_rows(11).float()
+    found = {}
+    for centers in ("99993", "99939", "99999", "3", "9", "33339", "93"):
+        config = tiny_config(
+            ngram_orders=(1, 2, 3, 5, 8), backoff_centers=tuple(map(float, centers)), backoff_min_count=1
+        )
+        rows = mixed_rows(MIXERS["backoff"](config, Dist(), None), config, stream, logp, 11, 11)
+        found[centers] = rows[10][5].exp().item()
+    assert found["99993"] == found["3"] == found["93"] > found["99939"] == found["99999"] == found["9"]
+    assert found["33339"] == found["9"]
 
 
 @pytest.mark.parametrize("followers, hints", [([30, 30, 30], [30]), ([30, 30, 31], []), ([], [])])

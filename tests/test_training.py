@@ -25,7 +25,6 @@ from train_gpt import (
     schedule,
 )
 
-
 STEPS = Config(iterations=1000, warmdown_iters=400, lr_warmup_iters=10, late_qat_threshold=0.25, crown_q_lambda=1.0)
 
 

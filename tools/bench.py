@@ -283,10 +283,8 @@ def bench_peer(args, c: Config, dist: Dist) -> None:
         what = f"{steps} steps of {c.batch_tokens} tokens after {warmup} untimed ones"
         headline(f"{args.pairs} pairs of processes under torchrun, {args.nproc} rank(s) each, {what}", c, dist)
         if attention != "flash3":
-            backends = (
-                list(train_gpt.SDPA_BACKENDS.values()) if attention == "auto" else [train_gpt.SDPA_BACKENDS[attention]]
-            )
-            names = [f"SDPBackend.{backend.name}" for backend in backends]
+            backends = train_gpt.SDPA_BACKENDS.items()
+            names = [f"SDPBackend.{backend.name}" for name, backend in backends if attention in ("auto", name)]
             (Path(folder) / "flash_attn_interface.py").write_text(FLASH_ATTENTION_STAND_IN.format(", ".join(names)))
             attention = f"{' or '.join(names)}, also of the peer, which imports it as FlashAttention 3"
         say(f"# attention: {attention}")
@@ -613,8 +611,6 @@ def load_or_train(path: Path, loader: train_gpt.TrainLoader, c: Config, dist: Di
 
     Raise InputError if the file is not of this command or of another model.
     """
-    if path.suffix != ".npz":
-        raise InputError(f"--weights={path}: allowed is a name that ends in .npz")
     model = train_gpt.make_model(c, dist.device).init_weights(c.seed).to(dist.device)
     if not path.exists():
         averages, *_ = train_gpt.train(model, loader, c, dist, None)
@@ -632,26 +628,28 @@ def load_or_train(path: Path, loader: train_gpt.TrainLoader, c: Config, dist: Di
 # ==================== The command line ================================================================================
 
 
-def at_least(kind: type, least, several=False):
-    """Return the type of an argument: a number with a lower bound, or several with commas."""
+def at_least(kind: type, least):
+    """Return the type of an argument: a number with a lower bound."""
 
     def number(text: str):
-        if several:
-            return [one(part) for part in text.split(",") if part]
         value = kind(text)
         if not value >= least:
             raise argparse.ArgumentTypeError(f"{text}: allowed is {least} or more")
         return value
 
-    one = at_least(kind, least) if several else None
     return number
+
+
+def several(number):
+    """Return the type of an argument: one number or more, with commas."""
+    return lambda text: [number(part) for part in text.split(",")]
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
-    count, counts = at_least(int, 1), at_least(int, 1, several=True)
+    count, counts = at_least(int, 1), several(at_least(int, 1))
 
     def command(function, about: str, reads: str):
         name = function.__name__.removeprefix("bench_")
@@ -685,19 +683,23 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
 
     scores(add := command(bench_ttt, "adaptation by stride and epochs", "validation is scored"), required=True)
     add("--strides", **strides)
-    add("--epochs", type=at_least(int, 0, several=True), default=[0, 1, 2, 3], help="[0,1,2,3]")
+    add("--epochs", type=several(at_least(int, 0)), default=[0, 1, 2, 3], help="[0,1,2,3]")
     add("--stage", choices=("ttt", "mixed"), default="ttt", help="mixed: both, in one pass [ttt]")
 
     reads = "training text alone, validation with --artifact"
     scores(add := command(bench_mixer, "hash chains and mixer: speed and size, or gains", reads), required=False)
-    millions = at_least(float, 1e-6, several=True)
-    add("--millions", type=millions, default=[1, 4, 16, 62], help="lengths in millions of tokens [1,4,16,62]")
+    add(
+        "--millions",
+        type=several(at_least(float, 1e-6)),
+        default=[1, 4, 16, 62],
+        help="lengths in millions of tokens [1,4,16,62]",
+    )
 
     add = command(bench_artifact, "bytes against loss by QUANT, CODEC and size", "both kinds are read")
     add("--weights", required=True, metavar="NPZ", help="float weights; trained and written if there is no such file")
     add("--val-tokens", type=at_least(int, 0), default=0, help="score only the first of them [0 = all]")
     bits = f"sizes of the artifact, in bits a quantized weight [{train_gpt.show(BITS)}]"
-    add("--bits", type=at_least(float, 0.1, several=True), default=list(BITS), help=bits)
+    add("--bits", type=several(at_least(float, 0.1)), default=list(BITS), help=bits)
     return parser.parse_args(given)
 
 

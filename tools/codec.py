@@ -6,9 +6,9 @@ python tools/codec.py decode --artifact A --tokenizer T --file F --out text.txt 
 The artifact holds the settings of scoring; a setting in the environment (TTT_CHUNK_TOKENS=512) overrides it. Both sides
 need the same settings, and the same STAGES, DEVICE, DTYPE and MICRO_BATCH_TOKENS, which belong to the machine.
 
-Both sides must make each row to the last bit. The encoder has the whole chunk, and the decoder has zeros in place of
-the tokens that it does not know yet. Both ask `predict` for the same EVAL_STRIDE rows at a time: dense tensors have the
-same shapes. A row's arithmetic does not touch what comes after it. Attention adds exact zeros for later positions. A
+Both sides must make each row to the last bit. Both ask `predict` for the same EVAL_STRIDE rows at a time and give it the
+chunk up to there: dense tensors have the same shapes. The encoder has all of these inputs, and the decoder has zeros in
+place of the tokens that it does not know yet. A row's arithmetic does not touch what comes after it. Attention adds exact zeros for later positions. A
 matrix product sums over channels and not over rows. The hash chains compare integers. The mixer's network runs on
 blocks of one size, and an entry's place in them depends on earlier rows only. Hedge adds up its weights row by row.
 `exp` and `log` give a number the same bits wherever it stands in a tensor. `predict` makes what one stride leaves to
@@ -108,7 +108,7 @@ def walk(predictor, tokens: Tensor, chunk_tokens: int, code) -> None:
         for low in range(0, len(chunk) - 1, predictor.stride):
             rows, logp = slice(low, min(low + predictor.stride, len(chunk) - 1)), None
             for t in range(rows.start, rows.stop):
-                logp = predictor.predict(chunk[:-1], rows)[stage] if logp is None else logp
+                logp = predictor.predict(chunk[: rows.stop], rows)[stage] if logp is None else logp
                 expected = int(chunk[t + 1])
                 token = code(logp[t - low], expected)
                 if token != expected:
