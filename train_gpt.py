@@ -243,7 +243,7 @@ class Config:
         frozen, cap, reserve = self.ttt_freeze_blocks, self.max_wallclock_seconds, self.reserve_seconds
         yield frozen > layers, f"TTT_FREEZE_BLOCKS={frozen}: allowed is at most NUM_LAYERS={layers}"
         yield 0 < cap <= reserve, f"MAX_WALLCLOCK_SECONDS={cap}: allowed is more than RESERVE_SECONDS={reserve}, or 0"
-        broken = self.quant != "int6" and self.late_qat_threshold > 0
+        broken = self.phase != "eval" and self.quant != "int6" and self.late_qat_threshold > 0
         yield broken, f"QUANT={self.quant}: late QAT needs int6's scales; allowed is LATE_QAT_THRESHOLD=0"
         yield self.mixer not in MIXERS, f"MIXER={self.mixer!r} is not known: allowed are {', '.join(MIXERS)}"
         experts, known = self.hedge_experts, MIXERS.keys() - {"hedge"}
@@ -310,7 +310,7 @@ def read_presets(names: str, known: list[str]) -> dict[str, str]:
             raise InputError(f"PRESET={names}: there is no configs/{preset}.env; allowed are {allowed}")
         for line in path.read_text(encoding="utf-8").splitlines():
             name, equals, value = (part.strip() for part in line.partition("#")[0].partition("="))
-            if name and (not equals or name not in known or name == "PRESET"):
+            if (name or equals) and (not equals or name not in known or name == "PRESET"):
                 raise InputError(f"configs/{preset}.env: {line.strip()!r} is no setting; allowed are NAME=value lines")
             if name:
                 found[name] = value
@@ -2126,13 +2126,16 @@ class HashChains:
                 found.append(number)
         return torch.stack(found)
 
+    def slots(self, hashes: Tensor) -> Tensor:
+        return hashes & (len(self.head) - 1)
+
     def link(self, hashes: Tensor) -> Tensor:
         """Return for each context of a chunk the latest earlier position that has it, plus 1; 0 where none is known."""
         ordered, source = hashes.sort(dim=1, stable=True)
         again = ordered[:, 1:] == ordered[:, :-1]
         inside = torch.zeros_like(hashes)
         inside.scatter_(1, source[:, 1:], torch.where(again, source[:, :-1] + self.seen + 1, 0))
-        entry = self.head[hashes & (len(self.head) - 1)]
+        entry = self.head[self.slots(hashes)]
         before = torch.where((entry & self.CHECK) == ((hashes >> 32) & self.CHECK), entry >> 32, 0)
         return torch.where(inside > 0, inside, before)
 
@@ -2196,7 +2199,7 @@ class HashChains:
         hashes = self.look_ahead(inputs)
         position = torch.arange(self.seen + 1, self.seen + n + 1, device=inputs.device)
         entry = (position << 32) | ((hashes >> 32) & self.CHECK)
-        self.head.scatter_reduce_(0, (hashes & (len(self.head) - 1)).flatten(), entry.flatten(), "amax")
+        self.head.scatter_reduce_(0, self.slots(hashes).flatten(), entry.flatten(), "amax")
         self.document = self.document_starts(inputs)[-1:]
         self.tail = torch.cat([self.tail, inputs])[n:]
         self.seen, self.ahead = self.seen + n, None
@@ -2352,6 +2355,8 @@ class OneTokenTilt(Mixer):
 def normalizer(candidates: Candidates, bias: Tensor) -> Tensor:
     """Return Z = 1 + sum p(a) (e^b(a) - 1) of each row: float64 [m], added in a fixed order."""
     lengths = torch.bincount(candidates.row, minlength=len(candidates.totals))
+    if not len(lengths):
+        return lengths.double()
     change = candidates.logp.double().exp() * bias.double().expm1()
     return 1 + torch.segment_reduce(change, "sum", lengths=lengths, initial=0.0)
 

@@ -32,7 +32,7 @@ TABLE = ROOT / "logs" / "planted_faults.md"
 PROCESSES = ("training text only", "decode")  # start some
 QUICK = tuple(name for name in audit.CHECKS if name not in PROCESSES)
 BY_WATCHING = tuple(name for name in QUICK if name != "claim")  # a faulty script's own record would agree with it
-CHUNK = 128
+CHUNK = 64
 N = 4 * CHUNK + 5  # the last chunk is less than a stride: of two ranks, one has no rows there
 pytestmark = pytest.mark.slow
 
@@ -181,10 +181,9 @@ class KnowsItsBlock(Hedge):
 
     def mix(self, block):
         super().mix(block)
-        weights, experts = block.carry[0].softmax(0), self.experts.values()
-        return (
-            sum(w * expert.mix(block).double().exp() for w, expert in zip(weights, experts, strict=True)).log().float()
-        )
+        weights = block.carry[0].softmax(0)
+        experts = [expert.mix(block).double().exp() for expert in self.experts.values()]
+        return sum(w * p for w, p in zip(weights, experts, strict=True)).log().float()
 
 
 class WeightsMoveInPredict(Hedge):

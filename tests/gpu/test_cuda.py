@@ -146,7 +146,7 @@ def test_late_qat_acts_on_the_compiled_model_without_compiling_again(tiny_config
 def test_training_on_the_gpu_lowers_the_loss(tiny_config, caplog):
     """With every addition to the loss, from a compile warm-up that leaves no trace."""
     caplog.set_level("INFO", "train_gpt")
-    c = tiny_config(**WIDE, device="cuda", iterations=40, train_log_every=40, complement_alpha=0.5)
+    c = tiny_config(**WIDE, device="cuda", iterations=40, train_log_every=40, swa_every=1)
     model = train_gpt.make_model(c, DEVICE).init_weights(c.seed).to(DEVICE)
     averages, _, record = train_gpt.train(model, TrainLoader(c, on_gpu()), c, on_gpu(), None)
     losses = [float(line.partition("train_loss:")[2].split()[0]) for line in caplog.messages if "train_loss:" in line]
@@ -157,7 +157,7 @@ def test_training_on_the_gpu_lowers_the_loss(tiny_config, caplog):
 
 @pytest.mark.parametrize("settings", [dict(), dict(quant="hessian", codec="rans", late_qat_threshold=0.0)])
 def test_a_model_on_the_gpu_is_fitted_to_the_size_and_comes_back(tiny_config, tmp_path, settings):
-    budget = 300_000
+    budget = 600_000
     target = os.path.getsize(train_gpt.__file__) + budget
     c = tiny_config(**WIDE | settings, target_bytes=target, device="cuda")
     model, path = model_on_gpu(c), tmp_path / "x.artifact"
