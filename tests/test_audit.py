@@ -42,7 +42,8 @@ def honest_run(tiny_env, tmp_path_factory):
     """Folder of a finished run of the tiny model: honest.artifact, its record, log and per-token record."""
     folder = tmp_path_factory.mktemp("honest")
     settings = dict(run_id="honest", log_dir=folder, stages="mixed", scores_path=folder / "honest.npz", kernels=())
-    env = tiny_env(**settings, iterations=30, ttt_lr=0.05, ttt_chunk_tokens=CHUNK)
+    settings |= dict(iterations=30, ttt_lr=0.05, ttt_chunk_tokens=CHUNK, mixer_hidden=4, ngram_orders=(1, 2, 3, 5))
+    env = tiny_env(**settings)
     done = subprocess.run([sys.executable, str(ROOT / "train_gpt.py")], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return folder
@@ -605,16 +606,16 @@ def test_a_run_at_smoke_size_passes_every_check(tmp_path):
     data = tmp_path / "sample"
     prepare = [sys.executable, str(ROOT / "data" / "prepare.py"), "sample", "--out", str(data)]
     subprocess.run(prepare, env=outside, check=True, capture_output=True)
-    given = dict(PRESET="smoke", DATA_PATH=str(data), ITERATIONS="4", STAGES="mixed", VAL_TOKENS="8192", RUN_ID="smoke")
-    given |= dict(LOG_DIR=str(tmp_path), SCORES_PATH=str(tmp_path / "smoke.npz"))
+    given = dict(PRESET="smoke", DATA_PATH=str(data), ITERATIONS="4", STAGES="mixed", VAL_TOKENS="4096", RUN_ID="smoke")
+    given |= dict(MIXER_CALIBRATION_TOKENS="8192", LOG_DIR=str(tmp_path), SCORES_PATH=str(tmp_path / "smoke.npz"))
     subprocess.run(
         [sys.executable, str(ROOT / "train_gpt.py")], env={**outside, **given}, check=True, capture_output=True
     )
     command = [sys.executable, str(ROOT / "tools" / "audit.py"), "--artifact", str(tmp_path / "smoke.artifact")]
-    command += ["--data", str(data), "--tokens", "2048"]
+    command += ["--data", str(data), "--tokens", "1024"]
     done = subprocess.run(command, env=outside, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "8192 of " in done.stdout and "rightly called partial" in done.stdout
+    assert "4096 of " in done.stdout and "rightly called partial" in done.stdout
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=words)

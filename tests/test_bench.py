@@ -253,13 +253,13 @@ def test_each_mixers_row_is_the_script_own_score_with_it(lines_of, artifact, sco
     rows = {name: figures for name, *figures in (line.split() for line in lines[2:])}
     assert rows.keys() == train_gpt.MIXERS.keys()
     assert [float(row[0]) for row in rows.values()] == sorted(float(row[0]) for row in rows.values())
-    for name, (bpb, change, *_) in rows.items():
+    for name, (bpb, *changes, _) in rows.items():
         found = scored("mixed", **settings, mixer=name)
         assert bpb == f"{found['mixed'].val_bpb:.5f}", name
-        assert float(change) == pytest.approx(found["mixed"].val_bpb - found["ttt"].val_bpb, abs=1e-5)
-    thirds = found["mixed"].nll - found["ttt"].nll, found["ttt"].token_bytes
-    expected = [train_gpt.bits_per_byte(*(x[part] for x in thirds)) for part in (slice(200), slice(400, None))]
-    assert rows[name][2:4] == [f"{x:+.5f}" for x in expected]
+        nll, token_bytes = found["mixed"].nll - found["ttt"].nll, found["mixed"].token_bytes
+        for change, part in zip(changes, (slice(600), slice(200), slice(400, 600)), strict=True):
+            expected = train_gpt.bits_per_byte(nll[part], token_bytes[part])
+            assert float(change) == pytest.approx(expected, abs=1e-5), name
 
 
 def test_a_mixer_that_lacks_its_order_is_left_out(lines_of, artifact, tiny_config, tmp_path):

@@ -222,6 +222,7 @@ def test_settings_that_contradict_each_other_are_refused(env, named):
         dict(MAX_WALLCLOCK_SECONDS="60.5"),
         dict(MAX_WALLCLOCK_SECONDS="1.0", RESERVE_SECONDS="0.0"),
         dict(QUANT="hessian", LATE_QAT_THRESHOLD="0.0"),
+        dict(QUANT="hessian", PHASE="eval", ARTIFACT_PATH="x.artifact"),
         dict(BACKOFF_BASE="0.0", BACKOFF_RANGE="1.0", BACKOFF_CENTERS="-1.5"),
         dict(MIXER="tilt"),
         dict(NGRAM_ORDERS="64,2,1"),

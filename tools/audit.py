@@ -183,9 +183,11 @@ class Witness:
         self.seen += n
 
 
-def watched_pass(subject: Subject, dist: Dist, probes: int) -> tuple[Ledger, train_gpt.Score]:
-    """Score the subject's head under its own loop and watch its predictor."""
+def watched_pass(subject: Subject, dist: Dist, probes: int, n_blocks: int = 1) -> tuple[Ledger, train_gpt.Score]:
+    """Score the subject's head under its own loop, a chunk in at least so many blocks, and watch its predictor."""
     n, predictor = len(subject.head), subject.predictor(subject.ttt_stop, dist)
+    strides = math.ceil(subject.chunk_tokens / (n_blocks * dist.world_size * predictor.stride))
+    predictor.block_rows = min(predictor.block_rows, strides * predictor.stride)
     ledger = Ledger(np.zeros(n, dtype=np.int64), np.zeros(n))
     witness = Witness(predictor, subject.head, ledger, probes, subject.c.vocab_size)
     return ledger, subject.score(witness, subject.head, subject.chunk_tokens, dist)[subject.stage]
@@ -213,13 +215,14 @@ class ThreadRank(Dist):
 
 
 def pass_of_ranks(subject: Subject, n_ranks: int, probes: int) -> tuple[list[tuple[Ledger, train_gpt.Score]], str]:
-    """Make the same pass by several ranks. Return each rank's findings, or none and what stopped them."""
+    """Make the same pass by several ranks in shorter blocks. Return each rank's findings, or none and what stopped."""
     barrier, box, found = threading.Barrier(n_ranks, timeout=3600), [None] * n_ranks, [None] * n_ranks
     stopped = []
 
     def work(rank: int) -> None:
         try:
-            found[rank] = watched_pass(subject, ThreadRank(rank, subject.dist.device, barrier, box), probes)
+            dist = ThreadRank(rank, subject.dist.device, barrier, box)
+            found[rank] = watched_pass(subject, dist, probes, n_blocks=2)
         except Exception as error:  # of a script that is under suspicion
             stopped.append(f"{type(error).__name__} {error}")
             barrier.abort()
@@ -267,7 +270,7 @@ def documents(subject: Subject, passes: Passes) -> tuple[bool, str]:
 
 
 def ranks(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """Check that one rank and two give the same score."""
+    """Check that one rank and two, in shorter blocks, give the same score."""
     if passes.stopped:
         return False, f"2 ranks do not finish: {passes.stopped}"
     difference = max(abs(score.val_bpb - passes.score.val_bpb) for _, score in passes.two)
@@ -479,7 +482,8 @@ def in_a_folder_of_its_own(folder: str, script: Path, *arguments: str, **env: st
 
 def outside_settings() -> dict[str, str]:
     """Return the environment without what belongs to a run."""
-    belongs = {f.name.upper() for f in dataclasses.fields(Config)} | {"RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH"}
+    belongs = {f.name.upper() for f in dataclasses.fields(Config)}
+    belongs |= {"RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH", "TRITON_INTERPRET"}
     return {name: value for name, value in os.environ.items() if name not in belongs}
 
 
@@ -717,17 +721,14 @@ def main() -> int:
     parser.add_argument("--artifact", required=True, metavar="FILE")
     parser.add_argument("--data", required=True, metavar="DIR", help="the shards that the run trained and scored on")
     parser.add_argument("--record", nargs="+", metavar="JSON", help="records of the run or runs [beside the artifact]")
-    parser.add_argument(
-        "--tokens", type=int, default=8192, help="head of the stream that is watched and decoded [8192]"
-    )
+    parser.add_argument("--tokens", type=int, default=8192, help="of the stream, to watch and to decode [8192]")
     parser.add_argument("--report", metavar="FILE", help="write the findings as JSON")
     args = parser.parse_args()
     runs.be_deterministic()
     try:
         subject = subject_of(args)
-        print(
-            f"# {args.artifact}: {len(subject.head)} tokens, stage {subject.stage}, {train_gpt.hardware(subject.dist)}"
-        )
+        place = train_gpt.hardware(subject.dist)
+        print(f"# {args.artifact}: {len(subject.head)} tokens, stage {subject.stage}, {place}")
         if subject.chunks:
             print(f"# {subject.chunks}")
 
@@ -742,10 +743,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     failed = [name for name, (passed, _) in found.items() if not passed]
-    print(
-        f"{len(found) - len(failed)} of {len(found)} checks passed"
-        + (f"; failed: {', '.join(failed)}" if failed else "")
-    )
+    listed = f"; failed: {', '.join(failed)}" if failed else ""
+    print(f"{len(found) - len(failed)} of {len(found)} checks passed{listed}")
     return 1 if failed else 0
 
 

@@ -218,7 +218,7 @@ def bench_train(args, c: Config, dist: Dist) -> None:
     with timer.watching():
         *_, record = train_gpt.train(model, train_gpt.TrainLoader(c, dist), c, dist, None)
     report_steps(timer.times()[args.warmup : last], model_flops(model, c), args.peak_tflops, c, dist)
-    say(f"loader stalls: {record['loader_stalls']} in {total} steps")
+    say(f"loader stalls: {record['loader_stalls']} in {record['steps']} steps")
     peak = torch.cuda.max_memory_allocated() if on_cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     say(f"peak memory: {dist.max(peak) / 2**20:.0f} MiB {'allocated' if on_cuda else 'resident'} a rank")
     if args.profile and dist.is_main:
