@@ -60,8 +60,9 @@ def test_attention_on_the_gpu_equals_its_definition(backend):
 
 
 def test_the_competitions_attention_never_holds_its_scores(caplog):
-    """They would take 1 GiB here, forward and backward."""
+    """They would take half a GiB here in bfloat16, and as much again for their gradient."""
     caplog.set_level("INFO", "train_gpt")
+    train_gpt.choose_kernels.cache_clear()
     c = Config()
     backend, shape = train_gpt.choose_kernels(c, DEVICE).attention, (8, c.train_seq_len)
     assert not [line for line in caplog.messages if "ATTENTION" in line]
@@ -139,7 +140,7 @@ def test_late_qat_acts_on_the_compiled_model_without_compiling_again(tiny_config
     plain, graphs = called(tokens), dict(torch._dynamo.utils.counters["stats"])
     with train_gpt.late_qat(model, -1.0, c):  # coarse, to make rounding show
         assert (called(tokens) - plain).abs().max() > 1e-2
-    assert torch.equal(called(tokens), plain)
+    torch.testing.assert_close(called(tokens), plain)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs.get("unique_graphs", 0)
 
 
