@@ -597,7 +597,7 @@ def test_adaptation_that_the_clock_ended_is_taken_from_the_record(subject):
     assert np.array_equal(ledger.nll[: 2 * CHUNK], honest.nll[: 2 * CHUNK])
     assert not np.array_equal(ledger.nll[2 * CHUNK :], honest.nll[2 * CHUNK :])
     assert audit.settings(stopped, None)[1].endswith("the clock ended adaptation after 1 chunks")
-    assert audit.decoded(stopped, audit.Passes(ledger, score, [], ""))[1].startswith(f"{N} tokens")
+    assert "bytes identical" in audit.decoded(stopped, audit.Passes(ledger, score, [], ""))[1]
 
 
 def test_a_run_at_smoke_size_passes_every_check(tmp_path):
