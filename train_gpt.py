@@ -9,11 +9,11 @@ artifact, n-grams, mixing, scoring, main. Every score comes from one loop:
 
     for chunk in stream:                          # left to right, every position once
         logp = predictor.predict(chunk.inputs)    # [n, V] log-probabilities, each row sums to one
-        nll = -logp[range(n), chunk.targets]      # the only line where a target meets a distribution
+        nll = -logp[range(n), chunk.targets]      # the only line that charges a target
         predictor.update(chunk.tokens)            # test-time training, n-gram counts, mixture weights
 
-`predict` receives the tokens before each position and never a target. Row t depends on the artifact and on the tokens
-before position t. `update` learns from a chunk after its score is fixed.
+`predict` receives the chunk's inputs and never its targets: row t depends on the artifact and on inputs[: t + 1], the
+tokens before the one that it predicts. `update` learns from a chunk after its score is fixed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ except ImportError:  # PyPI's stub lacks the function
     flash_attn_func = None
 
 # ==================== Config ==========================================================================================
-# Every number that a run depends on, read once from the environment and never changed.
+# Every setting of a run, read once from the environment and never changed.
 
 CAP_BYTES = 16_000_000  # decimal; script plus artifact
 STAGES = ("roundtrip", "sliding", "ttt", "mixed")
@@ -86,7 +86,9 @@ class Config:
     """All settings. A field's environment variable is its name in capitals; the defaults are the competition run."""
 
     # What to run, on what, and where the files are.
-    preset: str = setting("")  # names of files in configs/, applied from left to right; the environment comes last
+    # Names of files in configs/, applied from left to right; the environment comes last. PHASE=eval takes from them only
+    # what the artifact does not keep.
+    preset: str = setting("")
     run_id: str = setting("")  # "" = time and seed
     phase: str = setting("both", choices=("both", "train", "eval"))
     seed: int = setting(1337, 0, 2**32 - 1)
@@ -133,8 +135,9 @@ class Config:
     train_seq_len: int = setting(2048, 8, score=True)
     micro_batch_tokens: int = setting(98_304, 8)  # per forward pass and rank, in training and in scoring
     warmup_steps: int = setting(20, 0)  # compile warm-up on synthetic tokens; all state is restored afterwards
-    lr_warmup_iters: int = setting(20, 0)  # this, MUON_MOMENTUM_WARMUP_STEPS and WARMDOWN_ITERS shrink with the run
-    warmdown_iters: int = setting(3500, 0)  # where the clock and not ITERATIONS ends it
+    # Where the clock ends the run before ITERATIONS, these and MUON_MOMENTUM_WARMUP_STEPS shrink (see schedule).
+    lr_warmup_iters: int = setting(20, 0)
+    warmdown_iters: int = setting(3500, 0)
     train_log_every: int = setting(500, 1)
     val_loss_every: int = setting(0, 0)  # 0 = not during training
     complement_alpha: float = setting(0.5, 0.0, 1.0)  # of the loss weights 1 - alpha * p_bigram; 0 = none
@@ -249,6 +252,8 @@ class Config:
         experts, known = self.hedge_experts, MIXERS.keys() - {"hedge"}
         broken = not experts or not set(experts) <= known
         yield broken, f"HEDGE_EXPERTS={show(experts)}: allowed are one or more of {', '.join(sorted(known))}"
+        broken = self.phase != "eval" and self.complement_alpha > 0 and self.vocab_size > 16384
+        yield broken, f"VOCAB_SIZE={self.vocab_size}: bigram weights allow 16384 at most; allowed is COMPLEMENT_ALPHA=0"
         yield not self.stages, f"STAGES is empty: allowed are {', '.join(STAGES)}"
         yield not self.backoff_centers, "BACKOFF_CENTERS is empty: allowed are one number or more"
         yield self.run_id != os.path.basename(self.run_id), f"RUN_ID={self.run_id!r}: allowed is a plain file name"
@@ -354,7 +359,7 @@ def show(value) -> str:
 
 # ==================== Dist and Log ====================================================================================
 # This process among its ranks, its device, its log and its clock. All use of torch.distributed is here. With one rank
-# every collective is the identity, and nothing below asks how many ranks there are.
+# every collective is the identity, and nothing below branches on the number of ranks.
 
 log = logging.getLogger("train_gpt")  # silent until open_log
 # torch 2.13 renamed both and warns at every call of the old name; 2.11 knows only the old one.
@@ -940,10 +945,10 @@ def choose_kernels(c: Config, device: torch.device) -> Kernels:
         return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
 
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    backend = "flash3" if c.attention == "auto" and hopper and flash_attn_func else c.attention
+    tries = ["flash3", "auto"] if c.attention == "auto" and hopper and flash_attn_func else [c.attention]
     qkv = [random(2, 128, heads, head_dim) for heads in (c.num_heads, c.kv_heads, c.kv_heads)]
-    if not agrees(f"ATTENTION={backend}", lambda *qkv: attention(*qkv, backend), attention, qkv, c):
-        backend = "math"
+    forms = {name: functools.partial(attention, backend=name) for name in tries}
+    backend = next((name for name in tries if agrees(f"ATTENTION={name}", forms[name], attention, qkv, c)), "math")
     targets = torch.randint(c.vocab_size, (n,), generator=generator).to(device)
     inputs = dict(loss=[random(n, c.vocab_size)], mlp=[random(n, c.model_dim), random(2 * c.model_dim, c.model_dim)])
     forms = dict(
@@ -1287,7 +1292,7 @@ class Muon(torch.optim.Optimizer):
         """Take in the reduced shards, orthogonalize them and begin to gather each bank's update."""
         momentum, self.gathered = self.param_groups[0]["momentum"], []
         for bank, shard in zip(self.banks, self.shards, strict=True):
-            state = self.state[bank[0]]  # one buffer a bank, kept with its first matrix
+            state = self.state[bank[0]]  # keyed by parameter: the bank's first
             buffer = state.setdefault("momentum_shard", torch.zeros_like(shard))
             buffer.mul_(momentum).add_(shard)
             update = shard.add(buffer, alpha=momentum)  # Nesterov's
@@ -1520,7 +1525,7 @@ def warm_up(model: GPT, called, optimizers: Optimizers, c: Config, dist: Dist) -
 def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream | None):
     """Train the model in place within ITERATIONS and MAX_WALLCLOCK_SECONDS less RESERVE_SECONDS.
 
-    Return (averages, the clock that the export has to keep to, the record's `train` part). Raise InputError if the loss
+    Return (averages, the clock, which runs on through the export, the record's `train` part). Raise InputError if the loss
     stops being finite.
     """
     optimizers, called = Optimizers(model, c, dist), compiled(model, c, dist.device)
@@ -1549,7 +1554,8 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
         optimizers.step()
         averages.update(step, phase.collect_swa)
         step, was = step + 1, phase
-        # The ranks agree on the clock every tenth step, and on every step near the end. Between, the host runs ahead.
+        # The ranks agree on the clock every tenth step; between, the host runs ahead. Near the end they agree on every
+        # step, and the last step counts where it was slower than the average.
         if budget and (step <= 10 or step % 10 == 0 or total - step < 20):
             before, elapsed = elapsed, clock.seconds()
             pace = max(elapsed / step, elapsed - before if total - step < 19 else 0.0)
@@ -1704,8 +1710,8 @@ class HessianInfo:
         """Return the info of a linear map from its squared gradients [rows, cols] and X^T X over its inputs.
 
         The curvature is taken for (gradients' power) x (X^T X), as in K-FAC (arXiv 1503.05671). GPTQ makes up for a
-        column's error with the columns after it. What counts of a column is the part that those do not explain: the
-        square of a pivot of the Cholesky factorization.
+        column's error with the columns after it. A column's sensitivity is what the later ones cannot make up for: its
+        squared Cholesky pivot.
         """
         order = xtx.diagonal().argsort(descending=True, stable=True)
         h = xtx[order][:, order].double()
@@ -1722,7 +1728,7 @@ class HessianInfo:
 
 
 def measure_hessians(model: GPT, batch: Tensor, dist: Dist) -> dict[str, HessianInfo]:
-    """Return the info of all quantized parameters from a batch [n, T + 1] of training text that all ranks share.
+    """Return the info of all quantized parameters from this rank's part [n, T + 1] of some training text.
 
     A backward pass a sequence. Raise InputError for a parameter with an input or a gradient that is not finite.
     """
@@ -1778,7 +1784,7 @@ def gptq(w: Tensor, grid: Grid, info: HessianInfo) -> Tensor:
 
 
 def quantize(model: GPT, infos: dict[str, HessianInfo], log2_step: float, c: Config) -> Quantized:
-    """Return the codes of all quantized parameters at one step size: maps by GPTQ, tables to the nearest."""
+    """Return the codes of all quantized parameters at one step size: linear maps by GPTQ, embeddings to the nearest."""
     found = {}
     for name, p in quantized_parameters(model).items():
         w, info = p.detach(), infos[name]
@@ -1861,9 +1867,10 @@ def fit_to_size(model: GPT, infos: dict[str, HessianInfo], net: BiasNet, c: Conf
             too_fine = log2_step
         elif n_bytes > best_bytes:
             best, best_bytes, fitting = quantized, n_bytes, log2_step
-        full = best_bytes > (1 - FIT_SLACK) * budget or log2_step == (finest if n_bytes <= budget else coarsest)
-        if full or attempt >= 3 and best_bytes > 0.98 * budget:
+        at_limit = log2_step == (finest if n_bytes <= budget else coarsest)
+        if at_limit or best_bytes > (1 - FIT_SLACK) * budget or attempt >= 3 and best_bytes > 0.98 * budget:
             break
+        # Bits a code over the target are the change of log2_step. Outside of what is known, bisect.
         guess = log2_step + 8 * (n_bytes - (1 - FIT_SLACK / 2) * budget) / n_codes * 2 ** max(0, attempt - 1)
         outside = best and not too_fine <= guess < fitting
         log2_step = min(max((too_fine + fitting) / 2 if outside else guess, finest), coarsest)
@@ -2594,7 +2601,8 @@ class SlidingWindow:
         logp = torch.empty(mine.stop - mine.start, self.c.vocab_size, device=inputs.device)
         if not len(logp):
             return {self.stages[0]: logp}
-        first, batch = self.seen + mine.start, max(1, self.c.micro_batch_tokens // seq_len)
+        first = self.seen + mine.start
+        batch = 1 << max(1, self.c.micro_batch_tokens // seq_len).bit_length() - 1  # a power of two
         starts, lows, highs = windows(first, self.seen + mine.stop, self.stride, seq_len)
         known = F.pad(torch.cat([self.context, inputs]), (0, seq_len))
         offset = self.seen - len(self.context)  # position of known[0]
@@ -2610,7 +2618,7 @@ class SlidingWindow:
         return {self.stages[0]: logp}
 
     def compiled_shape(self, start: np.ndarray, keep: int) -> tuple[np.ndarray, int]:
-        """Return windows and rows to keep of few shapes where the model is compiled: each shape takes half a minute."""
+        """Return windows and rows to keep, on CUDA of few shapes: to compile another takes half a minute."""
         if self.dist.device.type != "cuda":
             return start, keep
         missing = 2 ** (len(start) - 1).bit_length() - len(start)
@@ -2632,8 +2640,8 @@ class SlidingWindow:
 class Deadline:
     """When adaptation has to end: the rest of the stream must still be scored in time. Once ended, it stays ended.
 
-    The clock and the stream's length, and no token, decide. Whoever decodes has to know the number of chunks that were
-    adapted to, `stop_after`.
+    The clock and the stream's length, and no token, decide. To reproduce the score elsewhere, pass the number of chunks
+    adapted to as `stop_after`.
     """
 
     LATEST, LEAST = 9, 4  # chunks that the median is over, and before any decision: the first ones compile
@@ -2725,7 +2733,7 @@ class TTT(SlidingWindow):
         return tuple(F.pad(x, padding).view(-1, self.c.train_seq_len) for x in (inputs, targets, weights))
 
     def step(self, inputs: Tensor, targets: Tensor, weights: Tensor) -> None:
-        """Take a step on the weighted mean loss of a batch [sequences, T] that all ranks share."""
+        """Take a step on the weighted mean loss of a batch [sequences, T] that every rank holds whole."""
         micro_seqs = max(1, self.c.ttt_micro_tokens // self.c.train_seq_len)
         mine, total_weight = self.dist.share(len(inputs), micro_seqs), weights.sum().clamp(min=1.0)
         self.optimizer.zero_grad(set_to_none=True)
@@ -2759,7 +2767,7 @@ class MixedTTT:
         self.neural, self.mixer, self.dist = neural, mixer, dist
         self.stride, self.block_rows, self.share = neural.stride, neural.block_rows, neural.share
         self.chains = HashChains(c, dist.device)
-        self.made: dict[int, RowBlock] = {}  # by the row behind the block
+        self.made: dict[int, RowBlock] = {}  # by the block's rows.stop
 
     def predict(self, inputs: Tensor, rows: slice) -> dict[str, Tensor]:
         """Return by stage the log-probabilities [m, V] of the tokens that follow this rank's share of the rows."""
@@ -2904,7 +2912,9 @@ def run_pass(predictor, stream: Stream, c: Config, dist: Dist) -> dict[str, Scor
     return scores
 
 
-def evaluate(model: GPT, net: BiasNet, c: Config, dist: Dist, tokenizer: Tokenizer, stream: Stream) -> dict[str, dict]:
+def evaluate(
+    model: GPT, net: BiasNet, c: Config, dist: Dist, tokenizer: Tokenizer, stream: Stream
+) -> tuple[dict, dict]:
     """Score the stream in each stage. Return (the stages' records, their scores).
 
     The stages that adapt come last, in one pass if both are asked for, and have what is then left of MAX_EVAL_SECONDS.
@@ -2964,7 +2974,8 @@ def log_start(c: Config, dist: Dist, stream: Stream | None) -> None:
     n_passes = -(-(mine.stop - mine.start) // max(1, c.micro_batch_tokens // c.train_seq_len))
     log.info(f"world_size:{dist.world_size} grad_accum_steps:{n_passes}")
     kernels = choose_kernels(c, dist.device)
-    log.info(f"device:{dist.device} dtype:{activation_dtype(c, dist.device)} compile:{int(c.torch_compile)}")
+    compiles = int(c.torch_compile and dist.device.type == "cuda")
+    log.info(f"device:{dist.device} dtype:{activation_dtype(c, dist.device)} compile:{compiles}")
     log.info(f"kernels: attention:{kernels.attention} fused:{show(kernels.fused) or 'none'}")
     if stream is not None:
         partial = "" if stream.whole else " partial: the stream goes on"
@@ -3018,6 +3029,8 @@ def train_and_export(path: Path, tokenizer_sha256: str, c: Config, dist: Dist, s
     used = f"{total - stepped:.1f} of {c.reserve_seconds:g}" if c.max_wallclock_seconds else f"{total - stepped:.1f}"
     listed = " ".join(f"{part}:{value:.1f}" for part, value in seconds.items())
     log.info(f"train_seconds: {listed} reserve:{used}")
+    if 0 < c.max_wallclock_seconds < total:
+        log.info(f"OVER MAX_WALLCLOCK_SECONDS={c.max_wallclock_seconds:g} by {total - c.max_wallclock_seconds:.1f} s")
     if dist.device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         log.info(f"peak memory allocated: {allocated // 2**20} MiB reserved: {reserved // 2**20} MiB")
@@ -3087,4 +3100,4 @@ def main() -> int:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # all files are closed; gloo's threads can abort an interpreter that takes itself apart
+    os._exit(status)  # everything is written; gloo's threads can abort an interpreter that takes itself apart
