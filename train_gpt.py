@@ -86,8 +86,8 @@ class Config:
     """All settings. A field's environment variable is its name in capitals; the defaults are the competition run."""
 
     # What to run, on what, and where the files are.
-    # Names of files in configs/, applied from left to right; the environment comes last. PHASE=eval takes from them only
-    # what the artifact does not keep.
+    # Names of files in configs/, applied from left to right; the environment comes last. PHASE=eval takes only what the
+    # artifact does not keep from them.
     preset: str = setting("")
     run_id: str = setting("")  # "" = time and seed
     phase: str = setting("both", choices=("both", "train", "eval"))
@@ -1525,8 +1525,8 @@ def warm_up(model: GPT, called, optimizers: Optimizers, c: Config, dist: Dist) -
 def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream | None):
     """Train the model in place within ITERATIONS and MAX_WALLCLOCK_SECONDS less RESERVE_SECONDS.
 
-    Return (averages, the clock, which runs on through the export, the record's `train` part). Raise InputError if the loss
-    stops being finite.
+    Return (averages, the clock, which runs on through the export, the record's `train` part). Raise InputError if the
+    loss stops being finite.
     """
     optimizers, called = Optimizers(model, c, dist), compiled(model, c, dist.device)
     log.info(f"train_loader:dataset:{c.data_path} train_shards:{len(loader.shards)} sequences:{loader.n}")

@@ -3,18 +3,18 @@
 python tools/codec.py encode --artifact A --data D --tokens N --out F           # the head of the validation stream
 python tools/codec.py decode --artifact A --tokenizer T --file F --out text.txt  # elsewhere, from A, T and F alone
 
-The artifact holds the settings of scoring; a setting in the environment (TTT_CHUNK_TOKENS=512) overrides it. Both sides
-need the same settings, and the same STAGES, DEVICE, DTYPE and MICRO_BATCH_TOKENS, which belong to the machine.
+The artifact holds the settings of scoring; a setting in the environment (TTT_CHUNK_TOKENS=512) overrides it. Both
+sides need the same settings, and the same STAGES, DEVICE, DTYPE and MICRO_BATCH_TOKENS, which belong to the machine.
 
-Both sides must make each row to the last bit. Both ask `predict` for the same EVAL_STRIDE rows at a time and give it the
-chunk up to there: dense tensors have the same shapes. The encoder has all of these inputs, and the decoder has zeros in
-place of the tokens that it does not know yet. A row's arithmetic does not touch what comes after it. Attention adds exact zeros for later positions. A
-matrix product sums over channels and not over rows. The hash chains compare integers. The mixer's network runs on
-blocks of one size, and an entry's place in them depends on earlier rows only. Hedge adds up its weights row by row.
-`exp` and `log` give a number the same bits wherever it stands in a tensor. `predict` makes what one stride leaves to
-the next again when a token of the stride changes. `update` receives equal tensors on both sides. On CUDA,
-torch.use_deterministic_algorithms picks kernels that add in a fixed order, and nothing is compiled. A checksum in the
-file shows whether the tokens came back.
+Both sides must make each row to the last bit. Both ask `predict` for the same EVAL_STRIDE rows at a time and give it
+the chunk up to there: dense tensors have the same shapes. The encoder has all of these inputs, and the decoder has
+zeros in place of the tokens that it does not know yet. A row's arithmetic does not touch what comes after it.
+Attention adds exact zeros for later positions. A matrix product sums over channels and not over rows. The hash chains
+compare integers. The mixer's network runs on blocks of one size, and an entry's place in them depends on earlier rows
+only. Hedge adds up its weights row by row. `exp` and `log` give a number the same bits wherever it stands in a
+tensor. `predict` makes what one stride leaves to the next again when a token of the stride changes. `update` receives
+equal tensors on both sides. On CUDA, torch.use_deterministic_algorithms picks kernels that add in a fixed order, and
+nothing is compiled. A checksum in the file shows whether the tokens came back.
 """
 
 from __future__ import annotations
