@@ -273,6 +273,3 @@ def on_ranks(world_size, function):
 
     with ThreadPoolExecutor(world_size) as threads:
         return list(threads.map(run, range(world_size)))
-
-
-TINY["kernels"] = ()  # interpreted, Triton's kernels take a hundred times as long as the plain forms

@@ -254,7 +254,7 @@ def counting(tmp_path, write_shard, tiny_config):
     """Settings of a folder whose three shards hold 0, 1, 2, ... without a break; no shard is whole spans long."""
     for i, (first, last) in enumerate(((0, 1000), (1000, 1017), (1017, 3333))):
         write_shard(tmp_path / f"x_train_{i:06d}.bin", range(first, last))
-    return tiny_config(tmp_path, vocab_size=65536, train_batch_tokens=5 * 32)
+    return tiny_config(tmp_path, vocab_size=65536, complement_alpha=0.0, train_batch_tokens=5 * 32)
 
 
 def test_each_sequence_is_a_run_of_consecutive_tokens(counting):
@@ -311,7 +311,7 @@ def test_the_ranks_parts_of_other_rows_are_those_of_one_rank(counting, world_siz
 @given(n_tokens=st.integers(9, 400), seed=st.integers(0, 2**31))
 def test_every_span_comes_once_at_any_length_and_seed(tmp_path, write_shard, tiny_config, n_tokens, seed):
     write_shard(tmp_path / "x_train_0.bin", range(n_tokens))
-    c = tiny_config(tmp_path, train_seq_len=8, train_batch_tokens=8, vocab_size=65536, seed=seed)
+    c = tiny_config(tmp_path, train_seq_len=8, train_batch_tokens=8, vocab_size=65536, complement_alpha=0.0, seed=seed)
     if n_tokens < 17:
         assert "2 are needed" in refusal(TrainLoader, c, Dist())
         return

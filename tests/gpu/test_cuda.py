@@ -73,6 +73,16 @@ def test_the_competitions_attention_never_holds_its_scores(caplog):
     assert torch.cuda.max_memory_allocated() - before < 2**28
 
 
+def test_flash_attention_3_that_fails_is_replaced_by_sdpa(monkeypatch):
+    def fails(*arguments, **options):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(train_gpt, "flash_attn_func", fails)
+    train_gpt.choose_kernels.cache_clear()
+    assert train_gpt.choose_kernels(Config(), DEVICE).attention == "auto"
+    train_gpt.choose_kernels.cache_clear()
+
+
 def test_the_competitions_fused_forms_work(caplog):
     caplog.set_level("INFO", "train_gpt")
     train_gpt.choose_kernels.cache_clear()
