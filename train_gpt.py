@@ -2056,7 +2056,8 @@ def export(model: GPT, loader: TrainLoader, path: Path, tokenizer_sha256: str, c
     load_codes(model, quantized)
     after = held_out_loss(called, loader, c, dist)
     log.info(f"quantization: float:{before:.5f} stored:{after:.5f} gap:{after - before:+.5f}")
-    calibrate(model, net, loader, c, dist)
+    if "maxent" in (c.hedge_experts if c.mixer == "hedge" else [c.mixer]):
+        calibrate(model, net, loader, c, dist)
     dist.broadcast(lambda: write_atomically(path, pack(model, quantized, net, c, tokenizer_sha256)))
 
 
