@@ -20,7 +20,18 @@ from hypothesis import strategies as st
 
 import train_gpt
 from conftest import build, on_ranks, stored
-from train_gpt import GRIDS, PREFIX, BiasNet, Dist, HessianInfo, InputError, pack, quantized_parameters, read_artifact
+from train_gpt import (
+    GRIDS,
+    PREFIX,
+    BiasNet,
+    Dist,
+    HessianInfo,
+    InputError,
+    hessian_info,
+    pack,
+    quantized_parameters,
+    read_artifact,
+)
 
 SHA, CPU = "ab" * 32, torch.device("cpu")
 SCRIPT_BYTES = os.path.getsize(train_gpt.__file__)
@@ -48,7 +59,7 @@ def model(c):
 @pytest.fixture(scope="module")
 def batch(c):
     """Eight sequences of training text."""
-    return train_gpt.TrainLoader(c, Dist()).first_rows(256)
+    return train_gpt.TrainLoader(c, Dist()).run_rows(0, 8)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +193,7 @@ def remaining_by_definition(xtx):
 
 def test_columns_count_by_what_other_inputs_do_not_explain_rows_by_gradients_and_a_table_s_sides_alike():
     squares, xtx = matrix(4, 30).square(), inputs_of(30, 0)
-    info, table = HessianInfo.of_map(squares, xtx), HessianInfo.of_table(squares)
+    info, table = hessian_info(squares, xtx), hessian_info(squares)
     for j, _, inverse in remaining_by_definition(xtx):
         assert info.columns[j].item() == pytest.approx(1 / inverse[0, 0].item(), rel=1e-4)
     rows = squares.sum(1) / xtx.diagonal().sum()
@@ -196,7 +207,7 @@ def test_columns_count_by_what_other_inputs_do_not_explain_rows_by_gradients_and
 def test_gptq_is_its_definition(cols, quant, make):
     """OBQ: round one column after the other, with a new inverse of what remains of X^T X after each."""
     w, xtx = matrix(5, cols, cols), inputs_of(cols, cols)
-    info = HessianInfo.of_map(matrix(5, cols, 1).square(), xtx)
+    info = hessian_info(matrix(5, cols, 1).square(), xtx)
     grid = GRIDS[quant](w, "matrix", info, -2.5, make(quant))
     moved, steps, expected = w.double(), grid.steps().double(), torch.zeros(w.shape, dtype=torch.float64)
     for j, remaining, inverse in remaining_by_definition(xtx):
@@ -214,7 +225,7 @@ def test_inputs_that_are_always_zero_and_rows_without_gradient_are_borne(dead, q
     xtx, squares, w = inputs_of(12, 0), matrix(4, 12).square(), matrix(4, 12, 2)
     xtx[dead] = xtx[:, dead] = 0
     squares[dead if dead == slice(None) else slice(0, 1)] = 0
-    for info in (HessianInfo.of_map(squares, xtx), HessianInfo.of_table(squares)):
+    for info in (hessian_info(squares, xtx), hessian_info(squares)):
         grid = GRIDS[quant](w, "matrix", info, -3.0, make(quant))
         codes = grid.nearest(w) if info.hinv_chol is None else train_gpt.gptq(w, grid, info)
         assert (info.rows > 0).all() and (info.columns > 0).all()
@@ -223,8 +234,7 @@ def test_inputs_that_are_always_zero_and_rows_without_gradient_are_borne(dead, q
 
 def test_hessians_are_of_squared_gradients_of_single_sequences_and_of_inputs(model, batch, monkeypatch):
     """Of the first block's up projection, by a hook of its own, and of the token table. Measuring leaves no trace."""
-    monkeypatch.setattr(HessianInfo, "of_map", lambda *given: given)
-    monkeypatch.setattr(HessianInfo, "of_table", lambda given: given)
+    monkeypatch.setattr(train_gpt, "hessian_info", lambda *given: given if len(given) > 1 else given[0])
     before = [p.detach().clone() for p in model.parameters()]
     found = train_gpt.measure_hessians(model, batch, Dist())
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, model.parameters(), strict=True))
@@ -465,8 +475,8 @@ def test_script_and_artifact_both_count(excess, c, path, packed, lines):
 
 def test_a_model_of_another_tokenizer_is_refused(c, path):
     tokenizer, header = train_gpt.Tokenizer(c), read_artifact(path)[0]
-    assert "tokenizer" in refusal(train_gpt.check_tokenizer, header, tokenizer, path)
-    train_gpt.check_tokenizer({**header, "tokenizer": tokenizer.sha256}, tokenizer, path)
+    assert "ARTIFACT_PATH" in refusal(train_gpt.Tokenizer, c, header["tokenizer"])
+    train_gpt.Tokenizer(c, tokenizer.sha256)
 
 
 def test_a_file_is_written_whole_or_not_at_all_and_alone_in_its_folder(tmp_path):

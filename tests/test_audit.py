@@ -86,9 +86,6 @@ class Changed:
         self.pairs.index_put_((tokens[:-1], tokens[1:]), torch.ones(len(tokens) - 1), accumulate=True)
         self.honest.update(tokens)
 
-    def state(self):
-        return [*self.honest.state(), self.pairs]
-
     @staticmethod
     def targets(inputs, mine):
         """The tokens that the rows are to predict, as far as they can be stolen from later inputs."""

@@ -47,19 +47,19 @@ def test_an_empty_environment_gives_the_declared_defaults():
         ("MATRIX_LR", "fast", "a number"),
         ("SMEAR_GATE", "yes", "0 or 1"),
         ("TORCH_COMPILE", "True", "0 or 1"),
-        ("VE_LAYERS", "9,x", "numbers with commas"),
-        ("VE_LAYERS", "1.5", "numbers with commas"),
+        ("VE_LAYERS", "9,x", "several with commas"),
+        ("VE_LAYERS", "1.5", "several with commas"),
         ("PHASE", "test", "'both', 'train', 'eval'"),
         ("DEVICE", "tpu", "'auto', 'cpu', 'cuda'"),
         ("DTYPE", "float16", "'auto', 'float32', 'bfloat16'"),
         ("MIXER", "moe", ", ".join(MIXERS)),
         ("HEDGE_EXPERTS", "neural,moe", "unigram"),
         ("HEDGE_EXPERTS", "neural,hedge", "unigram"),
-        ("HEDGE_EXPERTS", "", "unigram"),
+        ("HEDGE_EXPERTS", "", "one value or more"),
         ("QUANT", "int8", "'int6', 'hessian'"),
         ("CODEC", "zstd", "'lzma', 'rans'"),
         ("KERNELS", "loss,attention", "'loss', 'mlp'"),
-        ("BACKOFF_CENTERS", "3.0,high", "numbers with commas"),
+        ("BACKOFF_CENTERS", "3.0,high", "several with commas"),
         ("TTT_OPTIMIZER", "muon", "'sgd', 'adamw'"),
         ("STAGES", "roundtrip,tt", "'roundtrip', 'sliding', 'ttt', 'mixed'"),
         ("SEED", "-1", "0 to 4294967295"),
@@ -122,7 +122,7 @@ FAMILIES = sorted({name.partition("_")[0] for name in NAMES if "_" in name} - GE
 def test_a_foreign_name_of_a_family_is_refused_with_the_familys_names(family):
     name = f"{family}_QWERTZUIOP"
     members = [known for known in NAMES if known.startswith(f"{family}_")]
-    assert refusal({name: "7"}) == f"unknown setting {name}=7: known {family} settings are {', '.join(members)}"
+    assert refusal({name: "7"}) == f"unknown setting {name}=7: did you mean {', '.join(members)}?"
 
 
 @pytest.mark.parametrize("family", sorted(GENERAL))
@@ -179,7 +179,6 @@ def test_ordinary_variables_are_left_alone(env):
         (dict(VE_LAYERS="9,11"), "VE_LAYERS=9,11"),
         (dict(VE_LAYERS="-1"), "VE_LAYERS=-1"),
         (dict(NUM_LAYERS="4"), "VE_LAYERS=9,10"),
-        (dict(BOS_ID="1024"), "BOS_ID=1024"),
         (dict(BIGRAM_VOCAB_SIZE="1"), "BIGRAM_VOCAB_SIZE=1"),
         (dict(TRAIN_BATCH_TOKENS="2047"), "TRAIN_BATCH_TOKENS=2047"),
         (dict(EVAL_STRIDE="2049"), "EVAL_STRIDE=2049"),
@@ -191,12 +190,13 @@ def test_ordinary_variables_are_left_alone(env):
         (dict(STAGES="mixed,ttt,mixed"), "STAGES=mixed,ttt,mixed"),
         (dict(HEDGE_EXPERTS="flat,flat"), "HEDGE_EXPERTS=flat,flat"),
         (dict(NGRAM_ORDERS="2,3"), "NGRAM_ORDERS=2,3"),
-        (dict(NGRAM_ORDERS="1,2,0"), "NGRAM_ORDERS=1,2,0"),
-        (dict(NGRAM_ORDERS="1,2,65"), "NGRAM_ORDERS=1,2,65"),
+        (dict(NGRAM_ORDERS="0,1,2"), "NGRAM_ORDERS=0"),
+        (dict(NGRAM_ORDERS="2,1"), "NGRAM_ORDERS=2,1"),
+        (dict(NGRAM_ORDERS="1,2,65"), "NGRAM_ORDERS=65"),
         (dict(MIXER="tilt", NGRAM_ORDERS="1,2,3"), "16"),
         (dict(HEDGE_EXPERTS="tilt", NGRAM_ORDERS="1,2,3"), "16"),
         (dict(STAGES=""), "STAGES"),
-        (dict(RUN_ID="a/b"), "RUN_ID='a/b'"),
+        (dict(RUN_ID="a/b"), "RUN_ID=a/b"),
         (dict(PHASE="eval"), "ARTIFACT_PATH"),
     ],
 )
@@ -225,7 +225,7 @@ def test_settings_that_contradict_each_other_are_refused(env, named):
         dict(QUANT="hessian", PHASE="eval", ARTIFACT_PATH="x.artifact"),
         dict(BACKOFF_BASE="0.0", BACKOFF_RANGE="1.0", BACKOFF_CENTERS="-1.5"),
         dict(MIXER="tilt"),
-        dict(NGRAM_ORDERS="64,2,1"),
+        dict(NGRAM_ORDERS="1,2,64"),
         dict(KERNELS=""),
         dict(XSA_LAST_N="0"),
         dict(STAGES="mixed"),

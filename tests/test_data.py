@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -46,8 +45,8 @@ def test_a_shard_is_read_token_for_token(tmp_path_factory, write_shard, tokens):
 @pytest.mark.parametrize(
     ("lie", "named"),
     [
-        (dict(magic=20240521), ("magic 20240521", "20240520")),
-        (dict(version=2), ("version 2", "1")),
+        (dict(magic=20240521), ("20240521", "20240520")),
+        (dict(version=2), ("[20240520, 2]", "[20240520, 1]")),
         (dict(n_tokens=4), ("1034 bytes", "4 tokens", "1032")),
         (dict(n_tokens=6), ("1034 bytes", "6 tokens", "1036")),
         (dict(n_tokens=0), ("0 tokens",)),
@@ -98,7 +97,7 @@ def test_a_token_past_the_vocabulary_is_refused(tmp_path, write_shard, tiny_conf
         write_shard(tmp_path / f"x_{split}_0.bin", [1] * 80 + [320])
     loader = TrainLoader(c, Dist())
     assert "token id 320" in refusal(Stream, c, CPU, None)
-    assert "VOCAB_SIZE=320" in refusal(loader.head, 81)
+    assert "VOCAB_SIZE=320" in refusal(train_gpt.check_ids, loader.shards[0][:81], c, "x")
 
 
 # Tokenizer
@@ -299,10 +298,10 @@ def test_the_ranks_parts_of_other_rows_are_those_of_one_rank(counting, world_siz
         TrainLoader(counting, Dist()),
         [TrainLoader(counting, Dist(r, world_size)) for r in range(world_size)],
     )
-    for n_tokens in (1, 32, 1000):
-        first = alone.first_rows(n_tokens)
-        assert torch.equal(first, sequences(alone, 0, max(1, n_tokens // 32)))
-        assert torch.equal(torch.cat([loader.first_rows(n_tokens) for loader in loaders]), first)
+    for n in (1, 2, 31):
+        first = alone.run_rows(0, n)
+        assert torch.equal(first, sequences(alone, 0, n))
+        assert torch.equal(torch.cat([loader.run_rows(0, n) for loader in loaders]), first)
     assert torch.equal(torch.cat([loader.averaging_rows() for loader in loaders]), alone.averaging_rows())
     assert all(torch.equal(loader.calibration_text(), alone.calibration_text()) for loader in loaders)
 
@@ -332,34 +331,10 @@ def test_the_ranks_batches_together_are_the_batch_of_one_rank(counting, world_si
         assert torch.equal(torch.cat(parts), alone.batch(step))
 
 
-def test_batches_that_are_read_ahead_are_the_batches(counting):
-    loader = TrainLoader(counting, Dist())
-    ahead = loader.batches()
-    for step in range(11):
-        assert torch.equal(next(ahead), loader.batch(step))
-    ahead.close()
-
-
-def test_a_batch_that_is_waited_for_is_a_stall_and_the_first_is_none(counting, monkeypatch):
-    loader, ready = TrainLoader(counting, Dist()), [True, True, False, True, False]
-
-    class Reader:
-        """Makes a batch when it is asked for, and says of each whether it had been made before."""
-
-        def submit(self, make, step):
-            done = ready[step] if step < len(ready) else True
-            return SimpleNamespace(done=lambda: done, result=lambda: make(step))
-
-    monkeypatch.setattr(train_gpt, "ThreadPoolExecutor", lambda *_, **__: nullcontext(Reader()))
-    ahead = loader.batches()
-    found = [(torch.equal(next(ahead), loader.batch(step)), loader.stalls) for step in range(5)]
-    assert found == [(True, 0), (True, 0), (True, 1), (True, 1), (True, 2)]
-
-
-def test_what_the_reader_refuses_is_refused_where_the_batch_is_taken(tmp_path, write_shard, tiny_config):
+def test_a_token_past_the_vocabulary_is_refused_where_it_is_read(tmp_path, write_shard, tiny_config):
     write_shard(tmp_path / "x_train_0.bin", [5] * 320 + [400] * 640)
-    ahead = TrainLoader(tiny_config(tmp_path), Dist()).batches()
-    assert "token id 400" in refusal(lambda: [next(ahead) for _ in range(20)])
+    loader = TrainLoader(tiny_config(tmp_path), Dist())
+    assert "token id 400" in refusal(lambda: [loader.batch(step) for step in range(20)])
 
 
 def test_batches_follow_from_the_seed_alone(counting):
@@ -367,12 +342,6 @@ def test_batches_follow_from_the_seed_alone(counting):
     assert torch.equal(first, again)
     other = dataclasses.replace(counting, seed=counting.seed + 1)
     assert not torch.equal(first, TrainLoader(other, Dist()).batch(3))
-
-
-def test_the_head_is_the_first_shards_first_tokens(counting):
-    loader = TrainLoader(counting, Dist(1, 2))
-    assert loader.head(7).tolist() == [0, 1, 2, 3, 4, 5, 6]
-    assert len(loader.head(10**9)) == 1000
 
 
 def test_shards_shorter_than_a_sequence_are_refused(tmp_path, write_shard, tiny_config):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import socket
@@ -57,7 +58,7 @@ def join(started):
     """What a collective that has begun gives back once it is done."""
     tensor, work = started
     if work is not None:
-        work.wait()
+        work()
     return tensor
 
 
@@ -219,9 +220,9 @@ def test_the_clock_gives_the_seconds_of_the_slowest_rank(virtual_time):
 def test_the_clock_stands_still_while_it_is_stopped(virtual_time):
     clock = Clock(Dist())
     virtual_time.now += 2.0
-    with clock.stopped():
+    with clock.stopped() as seconds:
         virtual_time.now += 100.0
-        assert clock.total == 2.0
+        assert seconds == 2.0
     virtual_time.now += 3.0
     assert clock.seconds() == 5.0
 
@@ -237,7 +238,8 @@ def opened(tmp_path):
 
     def opened(dist=None, run_id="r", **settings):
         c = Config(**{"run_id": run_id, "log_dir": str(tmp_path), **settings})
-        open_log(c, run_id, dist or Dist())
+        c = dataclasses.replace(c, artifact_path=c.artifact_path or f"{c.log_dir}/{run_id}.artifact")
+        open_log(c, dist or Dist())
         return c
 
     yield opened

@@ -205,10 +205,10 @@ def test_each_step_that_is_due_has_one_line_in_the_familys_form(whole_run):
 
 def test_the_log_shows_each_part_of_training_begin(whole_run):
     """The last 6 of 12 steps are the warmdown; it falls by a sixth a step."""
-    assert only(whole_run, r"crown_q:start step:(\d+) lambda:(\S+)") == ("7", "1")
+    assert only(whole_run, r"crown_q:start step:(\d+)") == ("7",)
     assert only(whole_run, r"swa:start step:(\d+)") == ("9",)
-    step, scale, clip_sigmas = only(whole_run, r"late_qat:enabled step:(\d+) scale:(\S+) clip_sigmas:(\S+)")
-    assert (step, scale) == ("11", f"{1 / 6:.4f}") and float(clip_sigmas) >= 4
+    step, scale, log2_step = only(whole_run, r"late_qat:enabled step:(\d+) scale:(\S+) log2_step:(\S+)")
+    assert (step, scale) == ("11", f"{1 / 6:.4f}") and 31 * 2 ** float(log2_step) >= 4 - 1e-3
 
 
 def test_the_best_of_all_averages_is_chosen(whole_run):
@@ -260,8 +260,8 @@ def test_the_size_lines_agree_with_the_record_and_the_files(quant, whole_run, by
 @pytest.mark.parametrize("quant", ["int6+lzma", "hessian+rans"])
 def test_the_parts_of_the_artifact_add_up_to_it(quant, whole_run, by_hessian):
     run = whole_run if quant == "int6+lzma" else by_hessian
-    pattern = r"artifact part (\w+): (\d+) bytes"
-    parts = {name: int(size) for name, size in (re.fullmatch(pattern, x).groups() for x in matching(run, pattern))}
+    (listed,) = only(run, r"artifact parts: (.*)")
+    parts = {name: int(size) for name, size in (part.split(":") for part in listed.split())}
     assert parts == run.record["artifact"]["part_bytes"]
     assert sum(parts.values()) == run.artifact.stat().st_size
     expected = {"header", "scales", "codes", "float16", "mixer"}
@@ -270,12 +270,9 @@ def test_the_parts_of_the_artifact_add_up_to_it(quant, whole_run, by_hessian):
     assert {name: len(part) for name, part in stored.items()} == {n: size for n, size in parts.items() if n != "header"}
 
 
-def test_the_log_ends_with_the_table_and_the_score(whole_run):
-    bpb, rows = whole_run.record["val_bpb"], whole_run.record["stages"]
+def test_the_log_ends_with_the_score(whole_run):
+    bpb = whole_run.record["val_bpb"]
     assert whole_run.lines[-1] == f"final val_bpb:{bpb:.8f} stage:mixed documents:16 whole stream"
-    table = [line.split() for line in whole_run.lines[-5:-1]]
-    assert [line[0] for line in table] == list(STAGES)
-    assert [float(line[2]) for line in table] == pytest.approx([row["val_bpb"] for row in rows.values()], abs=1e-5)
 
 
 def test_the_log_has_the_loss_before_and_after_quantization(whole_run):
@@ -306,7 +303,7 @@ def test_the_record_has_every_key(whole_run):
         *("run_id", "seed", "config", "hardware", "versions", "kernels", "train", "artifact", "stages"),
         *("final_stage", "val_bpb"),
     }
-    assert {"steps", "seconds", "tokens", "step_avg_ms", "skipped_steps", "loader_stalls"} <= set(record["train"])
+    assert {"steps", "seconds", "tokens", "step_avg_ms", "skipped_steps"} <= set(record["train"])
     assert set(record["train"]["seconds"]) == {"steps", "averaging", "export", "total"}
     assert {"path", "sha256", "code_bytes", "model_bytes", "total_bytes", "cap_bytes"} <= set(record["artifact"])
     assert list(record["stages"]) == list(STAGES)

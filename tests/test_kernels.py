@@ -107,7 +107,7 @@ def test_attention_that_raises_or_differs_is_replaced_with_one_line(tiny_config,
     )
     chosen, lines = choose(tiny_config(attention="cudnn", kernels=()))
     assert chosen == Kernels("math", ()) and len(lines) == 1
-    assert lines[0].startswith(f"kernel_fallback:ATTENTION=cudnn to the plain form ({FAULTS[fault]}")
+    assert lines[0].startswith(f"kernel_fallback:ATTENTION=cudnn is not used ({FAULTS[fault]}")
     assert choose(tiny_config(attention="efficient", kernels=())) == (Kernels("efficient", ()), [])
 
 
@@ -124,7 +124,7 @@ def test_a_fused_form_that_raises_or_differs_is_replaced_with_one_line(tiny_conf
     monkeypatch.setattr(train_gpt, "linear_leaky_square", lambda x, w, slope, fused=False: plain_mlp(x, w, slope))
     chosen, lines = choose(tiny_config(attention="math", kernels=("loss", "mlp")))
     assert chosen == Kernels("math", ("mlp",)) and len(lines) == 1
-    assert lines[0].startswith(f"kernel_fallback:KERNELS=loss to the plain form ({FAULTS[fault]}")
+    assert lines[0].startswith(f"kernel_fallback:KERNELS=loss is not used ({FAULTS[fault]}")
 
 
 @needs_triton

@@ -7,6 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from audit import fingerprint
 from conftest import BOS_ID, VOCAB_SIZE
 from train_gpt import HashChains, read_shard
 
@@ -99,7 +100,7 @@ def compare(config, tokens, sizes):
 @given(
     tokens=st.lists(st.sampled_from([BOS_ID, 4, 5, 6, 7]), min_size=2, max_size=120),
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5),
-    orders=st.sampled_from([(1, 2), (1, 2, 3), (3, 1, 7, 2), (1, 2, 4, 8, 24)]),
+    orders=st.sampled_from([(1, 2), (1, 2, 3), (1, 2, 3, 7), (1, 2, 4, 8, 24)]),
     max_chain=st.sampled_from([1, 3, 16, 255]),
 )
 def test_candidates_equal_the_lists_on_streams_with_repeats(tiny_config, tokens, sizes, orders, max_chain):
@@ -117,7 +118,8 @@ def test_memory_is_a_fixed_table_and_at_most_twice_the_stream(tiny_config):
     for n in range(50, 3000, 50):
         chains.update(torch.randint(4, 9, (51,), generator=generator))
         assert n <= len(chains.tokens) < 2 * n + 50
-        assert chains.memory_bytes == 8 * 2**10 + 4 * len(chains.tokens) * (1 + len(config.ngram_orders))
+        n_bytes = sum(x.nbytes for x in (chains.head, chains.tokens, chains.prev))
+        assert n_bytes == 8 * 2**10 + 4 * len(chains.tokens) * (1 + len(config.ngram_orders))
 
 
 @pytest.mark.parametrize(("bits", "least", "most"), [(6, 0.001, 0.5), (20, 0.99, 1.0)])
@@ -151,10 +153,6 @@ def filled(tiny_config):
     return after_2000_tokens(tiny_config)
 
 
-def same_state(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
 def test_candidates_of_a_row_do_not_depend_on_later_tokens(filled):
     chains, tokens = filled
     changed = torch.cat([tokens[:301], tokens[301:].flip(0)])
@@ -166,10 +164,10 @@ def test_candidates_of_a_row_do_not_depend_on_later_tokens(filled):
 
 def test_looking_ahead_is_not_state(filled):
     chains, tokens = filled
-    before = [x.clone() for x in chains.state()]
+    before = fingerprint(chains)
     candidates_of(chains, tokens[:-1], slice(0, 500))
     candidates_of(chains, tokens[:-1].flip(0), slice(3, 9))
-    assert same_state(before, chains.state())
+    assert fingerprint(chains) == before
 
 
 def test_update_is_the_same_whatever_was_asked_before(filled, tiny_config):
@@ -180,7 +178,7 @@ def test_update_is_the_same_whatever_was_asked_before(filled, tiny_config):
     assert len(chains.tokens) > len(fresh.tokens)
     for each in (chains, fresh):
         each.update(tokens)
-    assert same_state(chains.state(), fresh.state())
+    assert fingerprint(chains) == fingerprint(fresh)
     found, expected = (candidates_of(each, tokens[:-1], slice(0, 500)) for each in (chains, fresh))
     assert torch.equal(found.counts, expected.counts) and torch.equal(found.token, expected.token)
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import train_gpt
+from audit import fingerprint
 from conftest import build, on_ranks
 from test_mixing import random_net
 from train_gpt import (
@@ -30,7 +31,6 @@ from train_gpt import (
     apply_bias,
     calibrate,
     chunk_length,
-    fingerprint,
     make_predictor,
     score,
 )
@@ -68,7 +68,7 @@ def rows_of(predictor, stream, chunk_tokens):
     """Return all rows of a pass, with the updates between, by stage: [N, V]."""
     found = {stage: [] for stage in predictor.stages}
     for chunk in stream.chunks(chunk_tokens):
-        for rows in train_gpt.blocks(len(chunk.inputs), predictor):
+        for rows in train_gpt.row_slices(len(chunk.inputs), predictor):
             for stage, logp in predictor.predict(chunk.inputs, rows).items():
                 found[stage].append(logp)
         predictor.update(chunk.tokens)
@@ -145,7 +145,6 @@ def test_a_compiled_model_meets_few_shapes_and_gives_the_same_rows(world):
         return model(tokens, keep=keep)
 
     plain, padded = (SlidingWindow("sliding", each, c, Dist(), c.eval_stride) for each in (model, called))
-    padded.dist, padded.on_device = Dist(device="cuda"), torch.from_numpy  # which nothing here touches
     for chunk in stream.chunks(96):
         expected = plain.predict(chunk.inputs, whole(chunk.inputs))["sliding"]
         found = padded.predict(chunk.inputs, whole(chunk.inputs))["sliding"]
@@ -244,7 +243,7 @@ def test_score_is_the_sum_of_bits_over_the_bytes_of_the_text(world):
     assert result.val_loss == pytest.approx(nll / len(stream), rel=1e-6)
     assert result.val_bpb == pytest.approx(nll / math.log(2) / int(stream.token_bytes.sum()), rel=1e-6)
     text = tokenizer.sp.decode([token for token in stream.tokens.tolist() if token != config.bos_id])
-    assert abs(int(result.token_bytes.sum()) - len(text.encode())) <= stream.documents  # a leading space each
+    assert abs(int(stream.token_bytes.sum()) - len(text.encode())) <= stream.documents  # a leading space each
 
 
 def test_the_loop_updates_after_scoring_and_not_after_the_last_chunk(world):
@@ -416,7 +415,8 @@ def test_the_learning_rate_follows_the_cosine_over_the_given_length(world):
     rates = []
     for seen in (0, 500, 1000, 5000):
         adapting.seen = seen
-        rates.append(adapting.learning_rate())
+        adapting.update(world[3].tokens[:17])
+        rates.append(adapting.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx([0.1, 0.05, 0.0, 0.0])
 
 
@@ -555,6 +555,16 @@ def flat_rows(predictor, inputs, rows):
     return {predictor.stages[0]: torch.full((n, vocab_size), -math.log(vocab_size))}
 
 
+def nothing_to_learn(adapted):
+    """Return what stands in for TTT.training_sequences: no sequences, and a note of the chunk."""
+
+    def sequences(predictor, tokens):
+        adapted.append(predictor.seen // 32)
+        return tuple(torch.zeros(0, predictor.c.train_seq_len) for _ in range(3))
+
+    return sequences
+
+
 def evaluated(world, clock, monkeypatch, caplog, scoring_seconds, adapting_seconds, model_runs=False, **overrides):
     """Return (record, log lines, seconds) of the ttt stage where a chunk takes so long to score and to adapt to."""
     config, model, tokenizer, stream = world
@@ -562,9 +572,9 @@ def evaluated(world, clock, monkeypatch, caplog, scoring_seconds, adapting_secon
     caplog.set_level(logging.INFO, logger="train_gpt")
     with monkeypatch.context() as patch:
         predict = SlidingWindow.predict if model_runs else flat_rows
-        adapt = TTT.adapt if model_runs else lambda predictor, tokens: adapted.append(predictor.seen // 32)
+        sequences = TTT.training_sequences if model_runs else nothing_to_learn(adapted)
         patch.setattr(SlidingWindow, "predict", clock.costs(predict, scoring_seconds))
-        patch.setattr(TTT, "adapt", clock.costs(adapt, adapting_seconds))
+        patch.setattr(TTT, "training_sequences", clock.costs(sequences, adapting_seconds))
         records, scores = train_gpt.evaluate(model, random_net(c).float(), c, Dist(), tokenizer, stream)
     return {**records["ttt"], "nll": scores["ttt"].nll, "adapted": adapted}, caplog.messages, clock.now - began
 
@@ -678,7 +688,7 @@ def test_stages_that_do_not_adapt_come_first_whatever_the_order(world, virtual_t
         config, **FAST, stages=("ttt", "sliding"), max_eval_seconds=2.5 * n, val_batch_size=32, eval_stride=8
     )
     monkeypatch.setattr(SlidingWindow, "predict", virtual_time.costs(flat_rows, 1.0))
-    monkeypatch.setattr(TTT, "adapt", virtual_time.costs(lambda *_: None, 1.0))
+    monkeypatch.setattr(TTT, "training_sequences", virtual_time.costs(nothing_to_learn([]), 1.0))
     records, _ = train_gpt.evaluate(model, random_net(c).float(), c, Dist(), tokenizer, stream)
     assert list(records) == ["ttt", "sliding"] and virtual_time.now <= 2.5 * n
     assert 0 < records["ttt"]["ttt_stop"] < n - 1 and "ttt_stop" not in records["sliding"]

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,6 +101,42 @@ class Ledger:
     foreign: int = 0  # tokens that update was given and that do not stand there
 
 
+CACHES = ("made", "ahead")  # what `predict` may leave behind: other inputs make it again
+
+
+def state_of(x, visited: dict | None = None):
+    """Yield every tensor and number that an object holds, however deep, but for CACHES.
+
+    No predictor chooses what is looked at: state that is left out of a list would be missed.
+    """
+    visited = {} if visited is None else visited  # by id; holds the objects, whose ids would be used again otherwise
+    if isinstance(x, (bool, int, float, str)):
+        yield x
+    elif id(x) not in visited:
+        visited[id(x)] = x
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (train_gpt.Clock, train_gpt.Deadline)):  # no token decides about time
+            return
+        elif isinstance(x, train_gpt.HashChains):  # what lies past `seen` is of the chunk that follows
+            yield from (x.seen, x.document, x.tail, x.head, x.tokens[: x.seen], x.prev[:, : x.seen])
+        elif isinstance(x, (dict, list, tuple, deque)):
+            for part in x.values() if isinstance(x, dict) else x:
+                yield from state_of(part, visited)
+        elif hasattr(x, "__dict__"):
+            for name, part in vars(x).items():
+                if name not in CACHES:
+                    yield from state_of(part, visited)
+
+
+def fingerprint(predictor) -> str:
+    """Return the sha256 of all that a predictor holds."""
+    digest = hashlib.sha256()
+    for x in state_of(predictor):
+        digest.update(train_gpt.as_bytes([x]) if isinstance(x, Tensor) else repr(x).encode())
+    return digest.hexdigest()
+
+
 class Witness:
     """A predictor that passes everything on, records its rows of the final stage, and asks again with another future.
 
@@ -118,11 +155,11 @@ class Witness:
         return self.predictor.predict(inputs, rows)[self.stages[-1]]
 
     def predict(self, inputs: Tensor, rows: slice) -> dict[str, Tensor]:
-        positions, before, mine = self.positions(inputs, rows), train_gpt.fingerprint(self.predictor), self.share(rows)
+        positions, before, mine = self.positions(inputs, rows), fingerprint(self.predictor), self.share(rows)
         early = [self.rows(self.other_future(inputs, j), rows) for j in positions[:1]]  # before the true future
         found = self.predictor.predict(inputs, rows)
         logp = found[self.stages[-1]]
-        self.ledger.state_changes += train_gpt.fingerprint(self.predictor) != before
+        self.ledger.state_changes += fingerprint(self.predictor) != before
         self.look_at(logp, mine)
         for j, after in zip(positions, early, strict=False):
             self.compare(after, logp, j - mine.start)

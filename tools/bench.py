@@ -2,7 +2,7 @@
 
     python tools/bench.py train --data D               # the training step by part, tokens/s, FLOP utilization, memory
     python tools/bench.py train --data D --peer PATH   # another script of the family and this one, in turns
-    python tools/bench.py data --data D                # the loader alone: tokens/s, and stalls at a steady rate
+    python tools/bench.py data --data D                # the loader alone: tokens/s
     python tools/bench.py score --artifact A --data D  # sliding windows, by context and stride
     python tools/bench.py ttt --artifact A --data D    # test-time training, by stride and epochs
     python tools/bench.py mixer --data D               # hash chains and MIXER alone: tokens/s and bytes, by length
@@ -140,7 +140,7 @@ class StepTimer:
     @contextlib.contextmanager
     def watching(self):
         """Put the marks around what a step of train() calls."""
-        late_qat, batches = train_gpt.late_qat, train_gpt.TrainLoader.batches
+        late_qat = train_gpt.late_qat
 
         @contextlib.contextmanager
         def marked_late_qat(*arguments):
@@ -150,18 +150,13 @@ class StepTimer:
                 yield
             self.mark("late QAT")
 
-        def marked_batches(loader):
-            with contextlib.closing(batches(loader)) as coming:
-                wait = self.around(coming.__next__, "clock and log", "batch")
-                while True:
-                    yield wait()
-
+        batch = self.around(train_gpt.TrainLoader.batch, "clock and log", "batch")
         accumulate = self.around(train_gpt.accumulate_gradients, None, "forward and backward")
         step = self.around(train_gpt.Optimizers.step, "CROWN-Q", "optimizer")
         update = self.around(train_gpt.WeightAverages.update, None, "averages")
         with (
             mock.patch.multiple(train_gpt, accumulate_gradients=accumulate, late_qat=marked_late_qat),
-            mock.patch.object(train_gpt.TrainLoader, "batches", marked_batches),
+            mock.patch.object(train_gpt.TrainLoader, "batch", batch),
             mock.patch.object(train_gpt.Optimizers, "step", step),
             mock.patch.object(train_gpt.WeightAverages, "update", update),
         ):
@@ -216,9 +211,8 @@ def bench_train(args, c: Config, dist: Dist) -> None:
         torch.cuda.reset_peak_memory_stats()  # of the choice of kernels
     timer = StepTimer(dist.device, on_step)
     with timer.watching():
-        *_, record = train_gpt.train(model, train_gpt.TrainLoader(c, dist), c, dist, None)
+        train_gpt.train(model, train_gpt.TrainLoader(c, dist), c, dist, None)
     report_steps(timer.times()[args.warmup : last], model_flops(model, c), args.peak_tflops, c, dist)
-    say(f"loader stalls: {record['loader_stalls']} in {record['steps']} steps")
     peak = torch.cuda.max_memory_allocated() if on_cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     say(f"peak memory: {dist.max(peak) / 2**20:.0f} MiB {'allocated' if on_cuda else 'resident'} a rank")
     if args.profile and dist.is_main:
@@ -355,12 +349,12 @@ def logged_steps(script: Path, env: dict[str, str], nproc: int, last: int) -> di
 
 
 # ==================== data ============================================================================================
-# Whether the loader keeps up.
+# How fast the loader reads. The host queues steps ahead of the device, and reads meanwhile.
 
 
 def bench_data(args, c: Config, dist: Dist) -> None:
-    """Time the loader alone, as fast as it can and for a consumer with a steady rate."""
-    headline(f"the loader, batches of {c.batch_tokens} tokens over all ranks, {args.seconds:g} s each way", c, dist)
+    """Time the loader alone."""
+    headline(f"the loader, batches of {c.batch_tokens} tokens over all ranks, {args.seconds:g} s", c, dist)
     loader, rates, finish = train_gpt.TrainLoader(c, dist), [], time.perf_counter() + args.seconds
     while not rates or time.perf_counter() < finish:
         began = time.perf_counter()
@@ -369,15 +363,6 @@ def bench_data(args, c: Config, dist: Dist) -> None:
     middle, least = dist.sum(torch.tensor([statistics.median(rates), min(rates)], dtype=torch.float64)).tolist()
     figures = f"median {middle:.2f} M tokens/s, slowest {least:.2f}, spread {spread(rates):.1%}"
     say(f"batch: {figures} over {len(rates)} batches")
-    n_batches, finish = 0, time.perf_counter() + args.seconds
-    with contextlib.closing(loader.batches()) as batches:
-        next(batches)  # starts the reader
-        while not n_batches or time.perf_counter() < finish:
-            time.sleep(c.batch_tokens / args.rate)
-            next(batches)
-            n_batches += 1
-    stalls, n_batches = dist.sum(torch.tensor([loader.stalls, n_batches])).tolist()
-    say(f"stalls: {stalls} of {n_batches} batches at {args.rate / 1e6:.1f} M tokens/s")
 
 
 # ==================== score and ttt ===================================================================================
@@ -465,7 +450,8 @@ def bench_mixer(args, c: Config, dist: Dist) -> None:
     if args.artifact:
         return bench_gains(args, dist)
     marks = sorted(round(1e6 * millions) for millions in args.millions)
-    text, seconds = train_gpt.TrainLoader(c, dist).head(marks[-1] + 1), Counter()
+    loader, seconds = train_gpt.TrainLoader(c, dist), Counter()
+    text = train_gpt.check_ids(loader.shards[0][: marks[-1] + 1], c, loader.paths[0])
     if len(text) <= marks[-1]:
         raise InputError(f"--millions={marks[-1] / 1e6:g}: the first training shard has {len(text) / 1e6:.3f}")
     headline(f"hash chains and MIXER={c.mixer}, orders {train_gpt.show(c.ngram_orders)}, random rows", c, dist)
@@ -479,14 +465,15 @@ def bench_mixer(args, c: Config, dist: Dist) -> None:
     clock, last = train_gpt.Clock(dist), (0, 0.0)
     for start in range(0, marks[-1], c.ttt_chunk_tokens):
         tokens = torch.from_numpy(text[start : start + c.ttt_chunk_tokens + 1]).to(dist.device)
-        for rows in train_gpt.blocks(len(tokens) - 1, predictor):
+        for rows in train_gpt.row_slices(len(tokens) - 1, predictor):
             predictor.predict(tokens[:-1], rows)
         predictor.update(tokens)
         done = start + len(tokens) - 1
         if any(start < mark <= done for mark in marks):
             now, taken = clock.seconds(), [dist.max(seconds[part]) for part in parts]
             here, last = (done - last[0]) / (now - last[1]), (done, now)
-            table.row(done, now, done / now, here, predictor.chains.memory_bytes, *taken)
+            n_bytes = sum(x.nbytes for x in (predictor.chains.head, predictor.chains.tokens, predictor.chains.prev))
+            table.row(done, now, done / now, here, n_bytes, *taken)
 
 
 class RandomRows(SlidingWindow):
@@ -561,7 +548,7 @@ def bench_artifact(args, c: Config, dist: Dist) -> None:
     tokenizer, loader = train_gpt.Tokenizer(c), train_gpt.TrainLoader(c, dist)
     stream = Stream(c, dist.device, tokenizer)
     model = load_or_train(Path(args.weights), loader, c, dist)
-    infos = train_gpt.measure_hessians(model, loader.first_rows(c.gptq_tokens), dist)
+    infos = train_gpt.measure_hessians(model, loader.run_rows(0, max(1, c.gptq_tokens // c.train_seq_len)), dist)
     n_codes = sum(p.numel() for p in train_gpt.quantized_parameters(model).values())
     nll, bpb = losses(model, loader, stream, c, dist)
     headline(f"{Path(args.weights).name} on {extent(args, stream)}, disjoint windows", c, dist)
@@ -673,8 +660,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--pairs", type=count, default=2, help="how often each runs, with --peer [2]")
 
     add = command(bench_data, "the loader alone", "the training ones are read")
-    add("--rate", type=at_least(float, 1), default=10e6, help="tokens/s of the consumer [10e6]")
-    add("--seconds", type=at_least(float, 0), default=10.0, help="of each measurement [10]")
+    add("--seconds", type=at_least(float, 0), default=10.0, help="of the measurement [10]")
 
     strides = dict(type=counts, default=[], help="[the context and five halvings of it]")
     scores(add := command(bench_score, "sliding windows by context and stride", "validation is scored"), required=True)

@@ -73,8 +73,7 @@ def load_run(artifact: str | Path, data: str | Path, *, dist: Dist | None = None
     dist = dist or train_gpt.open_dist(c)
     header, parts = dist.broadcast(train_gpt.read_artifact, artifact)
     c = train_gpt.with_artifact(c, header, env)
-    tokenizer = Tokenizer(c)
-    train_gpt.check_tokenizer(header, tokenizer, artifact)
+    tokenizer = Tokenizer(c, header["tokenizer"])
     return Run(c, header, dist, tokenizer, *train_gpt.unpack(parts, c, dist.device))
 
 
