@@ -12,8 +12,8 @@ artifact, n-grams, mixing, scoring, main. Every score comes from one loop:
         nll = -logp[range(n), chunk.targets]      # the only line that charges a target
         predictor.update(chunk.tokens)            # test-time training, n-gram counts, mixture weights
 
-`predict` receives no target: row t depends on the artifact and on inputs[: t + 1], the tokens before the one that it
-predicts. `update` learns from a chunk after its score is fixed.
+`predict` receives no target: row t depends on the artifact, earlier chunks and inputs[: t + 1], the tokens before the
+one that it predicts. `update` learns from a chunk after its score is fixed.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class Config:
     complement_alpha: float = setting(0.5, 0.0, 1.0)  # of the loss weights 1 - alpha * p_bigram; 0 = none
     complement_tokens: int = setting(16_000_000, 1)  # training tokens from which its bigrams are counted
     crown_q_lambda: float = setting(1.0, 0.0)  # of the penalty on what rounding may cost, in the warmdown; 0 = none
-    late_qat_threshold: float = setting(0.15, 0.0, 1.0)  # learning-rate scale below which weights are rounded; 0 = none
+    late_qat_threshold: float = setting(0.15, 0.0, 1.0)  # part of the warmdown in which weights are rounded; 0 = none
     # Optimizers and averages.
     matrix_lr: float = setting(0.025, 0.0)
     scalar_lr: float = setting(0.025, 0.0)
@@ -152,12 +152,12 @@ class Config:
     grad_clip_norm: float = setting(0.3, 0.0)  # 0 = none
     ema_decay: float = setting(0.997, 0.0, 0.999999)
     swa_every: int = setting(50, 1)
-    swa_start_scale: float = setting(0.2, 0.0, 1.0)  # SWA collects while the learning-rate scale is below this
+    swa_start_scale: float = setting(0.2, 0.0, 1.0)  # part of the warmdown in which SWA collects
     # Artifact.
     quant: str = setting("int6", choices=("int6", "hessian"), shape=True)
     quant_bits: int = setting(6, 2, 6, shape=True)  # of int6's matrices; tables have two bits more
     clip_sigmas: float = setting(0.0, 0.0, 256.0)  # int6's range in standard deviations of a row; 0 = fit TARGET_BYTES
-    codec: str = setting("lzma", choices=("lzma", "rans"), shape=True)  # of the codes; LZMA takes all else
+    codec: str = setting("lzma", choices=("lzma", "rans"), shape=True)  # of the codes; all else is LZMA's
     gptq_tokens: int = setting(262_144, 1)  # of training text, on which the Hessians are measured
     target_bytes: int = setting(CAP_BYTES, 1, CAP_BYTES)  # script plus artifact
     # Scoring.
@@ -195,7 +195,7 @@ class Config:
     mixer_lr: float = setting(0.002, 0.0, score=True)  # of its step after each scored chunk
     mixer_calibration_tokens: int = setting(1_048_576, 2)  # of held-out training text, on which it is fitted
     ngram_orders: tuple[int, ...] = setting((1, 2, 3, 4, 5, 6, 8, 12, 16, 24), 1, 64, shape=True)  # tokens of context
-    ngram_max_chain: int = setting(16, 1, 255, score=True)  # latest occurrences of a context that count
+    ngram_max_chain: int = setting(16, 1, 255, score=True)  # latest occurrences that count; 3 / k of it from k = 4 on
     ngram_table_bits: int = setting(25, 4, 32, score=True)  # log2 of the hash heads; 8 bytes each
 
     @classmethod
@@ -218,7 +218,7 @@ class Config:
         c, trains, head_dim = self, self.phase != "eval", self.model_dim // self.num_heads
         cap, reserve, known = c.max_wallclock_seconds, c.reserve_seconds, MIXERS.keys() - {"hedge"}
         needed = {1, 2} | ({Tilt.ORDER} if "tilt" in (c.mixer, *c.hedge_experts) else set())
-        scaled, paired = c.quant == "int6" or not c.late_qat_threshold, c.vocab_size <= 16384 or not c.complement_alpha
+        fits, counts = c.quant == "int6" or not c.late_qat_threshold, c.vocab_size <= 16384 or not c.complement_alpha
         yield "num_heads", c.model_dim % c.num_heads == 0, f"a divisor of MODEL_DIM={c.model_dim}"
         yield "num_kv_heads", c.num_heads % c.kv_heads == 0, f"a divisor of NUM_HEADS={c.num_heads}"
         yield "rope_dims", c.rope_dims in range(0, head_dim + 1, 2), f"an even number up to the head's {head_dim}"
@@ -228,8 +228,8 @@ class Config:
         yield "eval_stride", c.eval_stride <= c.eval_seq_len, f"at most EVAL_SEQ_LEN={c.eval_seq_len}"
         yield "ttt_freeze_blocks", c.ttt_freeze_blocks <= c.num_layers, f"at most NUM_LAYERS={c.num_layers}"
         yield "max_wallclock_seconds", cap == 0 or cap > reserve, f"more than RESERVE_SECONDS={reserve}, or 0"
-        yield "late_qat_threshold", scaled or not trains, f"0 with QUANT={c.quant}: late QAT needs int6's scales"
-        yield "complement_alpha", paired or not trains, "0 with more than 16384 pieces: it weighs all pairs of them"
+        yield "late_qat_threshold", fits or not trains, f"0 with QUANT={c.quant}: late QAT needs int6's scales"
+        yield "complement_alpha", counts or not trains, "0 with more than 16384 pieces: it weighs all pairs of them"
         yield "mixer", c.mixer in MIXERS, "one of " + ", ".join(MIXERS)
         yield "hedge_experts", set(c.hedge_experts) <= known, "some of " + ", ".join(sorted(known))
         for name in ("stages", "ve_layers", "hedge_experts", "kernels", "ngram_orders"):
@@ -272,7 +272,7 @@ def refuse_unknown(env: dict[str, str], known: list[str]) -> None:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
         if near or underscore and family in families:
             members = near or [k for k in known if k.startswith(family + "_")]
-            raise InputError(f"unknown setting {name}={env[name]}: did you mean {', '.join(members) or 'none'}?")
+            raise InputError(f"unknown setting {name}={env[name]}: did you mean {', '.join(members) or 'another'}?")
 
 
 def read_presets(names: str, known: list[str]) -> dict[str, str]:
@@ -327,7 +327,7 @@ def show(value) -> str:
 
 
 # ==================== Dist and Log ====================================================================================
-# This process among its ranks, its device, its log and its clock. Nothing below branches on the number of ranks.
+# This process among its ranks, its device, its log and its clock. Only Dist branches on the number of ranks.
 
 log = logging.getLogger("train_gpt")  # silent until open_log
 # torch 2.13 renamed both and warns at every call of the old name; 2.11 knows only the old one.
@@ -384,14 +384,14 @@ class Dist:
         return self.sum(whole)
 
     def reduce_scatter(self, bank: Tensor):
-        """Begin to sum [world_size * m, ...] over ranks. Return (this rank's m entries, what waits for them)."""
+        """Begin to sum [world_size * m, ...] over ranks. Return (this rank's m entries, a function that waits)."""
         if self.world_size == 1:
             return bank, lambda: None
         shard = bank.new_empty(bank.shape[0] // self.world_size, *bank.shape[1:])
         return shard, REDUCE_SCATTER(shard, bank, async_op=True).wait
 
     def all_gather(self, shard: Tensor):
-        """Begin to join [m, ...] of each rank. Return ([world_size * m, ...], what waits for them)."""
+        """Begin to join [m, ...] of each rank. Return ([world_size * m, ...], a function that waits)."""
         if self.world_size == 1:
             return shard, lambda: None
         bank = shard.new_empty(shard.shape[0] * self.world_size, *shard.shape[1:])
@@ -441,7 +441,7 @@ def gradient(p: nn.Parameter) -> Tensor:
 
 
 def open_log(c: Config, dist: Dist) -> None:
-    """Claim the run's files on the main rank and log to screen and file from here on. Raise InputError."""
+    """Refuse to overwrite the run's files, then log to screen and file; on the main rank. Raise InputError."""
     if not dist.is_main:
         return
     paths = [f"{c.log_dir}/{c.run_id}.txt", f"{c.log_dir}/{c.run_id}.json", c.scores_path]
@@ -545,7 +545,7 @@ class Tokenizer:
         self.inside_bytes = torch.tensor([self.added_bytes(i, at_start=False) for i in ids])
 
     def check(self, path: str, c: Config, trained_with: str) -> None:
-        """Raise InputError unless the settings, the shards' manifest and the model, if any, name this tokenizer."""
+        """Raise InputError unless the settings, the shards' manifest and the artifact, if any, name this tokenizer."""
         size, bos = self.sp.vocab_size(), self.sp.bos_id()
         if size != c.vocab_size:
             raise InputError(f"TOKENIZER_PATH={path} has {size} pieces; VOCAB_SIZE={c.vocab_size} must match")
@@ -564,7 +564,7 @@ class Tokenizer:
                 raise InputError(f"TOKENIZER_PATH={path}: sha256 differs from the one that {source} names")
 
     def added_bytes(self, token: int, at_start: bool) -> int:
-        """Return the UTF-8 bytes of one token by the tokenizer's decoder; a byte piece is one byte anywhere."""
+        """Return the number of UTF-8 bytes of a token by the tokenizer's decoder; a byte piece is one byte anywhere."""
         if self.sp.is_byte(token):
             return 1
         if self.sp.is_control(token) or self.sp.is_unknown(token) or self.sp.is_unused(token):
@@ -714,7 +714,7 @@ def softcapped_nll(logits: Tensor, targets: Tensor, cap: float, fused: bool = Fa
 
 
 def linear_leaky_square(x: Tensor, weight: Tensor, slope: float, fused: bool = False) -> Tensor:
-    """Return leaky_relu(x W^T)^2: x [..., K], weight [N, K] -> [..., N]. The fused form squares in the product."""
+    """Return leaky_relu(x W^T)^2: x [..., K], weight [N, K] -> [..., N]. Fused, the matmul kernel applies it."""
     if fused:
         y = LinearLeakySquare.apply(x.flatten(0, -2).contiguous(), weight.contiguous(), slope)
         return y.view(*x.shape[:-1], -1)
@@ -805,8 +805,8 @@ class LinearLeakySquare(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, product = ctx.saved_tensors
-        inner = grad * product * torch.where(product > 0, 2.0, 2 * ctx.slope**2).to(grad.dtype)
-        return inner @ weight, inner.mT @ x, None
+        grad_product = grad * product * torch.where(product > 0, 2.0, 2 * ctx.slope**2).to(grad.dtype)
+        return grad_product @ weight, grad_product.mT @ x, None
 
 
 @dataclass(frozen=True)
@@ -870,7 +870,7 @@ def parameter(role: str, *shape: int, init: str | float | Tensor = "zeros") -> n
 
 
 def rms_norm(x: Tensor) -> Tensor:
-    """Return the root-mean-square norm over the last dimension, without weights."""
+    """Return x divided by its root mean square over the last dimension."""
     return F.rms_norm(x, (x.shape[-1],))
 
 
@@ -898,7 +898,7 @@ def table(rows: int, dim: int, init: str | float) -> nn.Embedding:
 
 
 class BigramEmbedding(nn.Module):
-    """A hashed embedding of (token, token before it); the last row stands for 'none before', as after a BOS."""
+    """A hashed embedding of (token, token before it); the last row is for a BOS and for a window's first token."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -1118,7 +1118,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def reduce(self) -> list:
-        """Begin to sum the gradients over ranks. Return by bank (this rank's shard, what waits for it)."""
+        """Begin to sum the gradients over ranks. Return by bank (this rank's shard, a function that waits)."""
         found = []
         for bank in self.banks:
             padding = [torch.zeros_like(bank[0])] * (-len(bank) % self.dist.world_size)
@@ -1153,7 +1153,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def clip_gradients(grads: list[Tensor], norm: Tensor, limit: float) -> Tensor:
-    """Scale gradients of a joint norm to `limit` (0 = none), or to zero where it is not finite. Return whether so."""
+    """Scale gradients down to a joint norm of `limit` (0 = none); zero them and return True if it is not finite."""
     finite = norm.isfinite()
     scale = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
     for grad in grads:
@@ -1173,7 +1173,7 @@ class Optimizers:
         options = dict(eps=c.adam_eps, weight_decay=c.adam_wd, fused=dist.device.type == "cuda")
         self.adam = torch.optim.AdamW(groups, 0.0, (c.beta1, c.beta2), **options)
         self.small = tables + rest
-        self.skipped = torch.zeros((), dtype=torch.int64, device=dist.device)  # steps without a finite gradient
+        self.skipped = torch.zeros((), dtype=torch.int64, device=dist.device)  # steps on a gradient that was not finite
 
     def schedule(self, phase: Phase) -> None:
         """Set every scheduled hyperparameter of the next step."""
@@ -1187,12 +1187,11 @@ class Optimizers:
         reduced, small = self.muon.reduce(), self.dist.sum_gradients(self.small)
         for _, wait in reduced:
             wait()
-        shards = self.muon.shards
-        square = self.dist.sum(sum(shard.square().sum() for shard in shards)) + small.square().sum()
+        square = self.dist.sum(sum(shard.square().sum() for shard in self.muon.shards)) + small.square().sum()
         # A norm that is not finite is a rare fault of cuDNN's attention backward.
-        self.skipped += clip_gradients([*shards, small], square.sqrt(), self.c.grad_clip_norm)
+        self.skipped += clip_gradients([*self.muon.shards, small], square.sqrt(), self.c.grad_clip_norm)
         self.muon.step()
-        self.adam.step()
+        self.adam.step()  # while Muon's updates are gathered
         self.muon.apply()
         self.muon.zero_grad()
         self.adam.zero_grad()
@@ -1209,7 +1208,7 @@ class WeightAverages:
 
     @torch.no_grad()
     def update(self, step: int, late: bool) -> None:
-        """Take in the weights after a step. The EMA forgets faster at first: a short run would be all start."""
+        """Take in the weights after a step. The EMA decays faster at first, or a short run's is mostly its start."""
         decay = min(self.c.ema_decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.ema, self.params, 1 - decay)
         if late and step % self.c.swa_every == 0:
@@ -1235,9 +1234,9 @@ class Phase:
 
     lr_scale: float
     muon_momentum: float
-    swa: bool
-    crown_q: bool
-    late_qat: bool
+    swa: bool = False
+    crown_q: bool = False
+    late_qat: bool = False
 
 
 def schedule(step: int, total: int, c: Config) -> Phase:
@@ -1267,7 +1266,7 @@ def complement_weights(loader: TrainLoader, c: Config) -> Tensor | None:
 def crown_q_penalty(matrices: list[Tensor], bits: int) -> Tensor:
     """Return the sum over rows of mean(w^2) * delta^2 / 12 with delta = row max / qmax (CROWN-Q, PR #693)."""
     # Rounding a row to multiples of delta costs an error of variance delta^2 / 12. The gradient goes through delta too.
-    # PR #700's form, the mean over a matrix with delta detached, is this one with a lambda some 1,000 times smaller.
+    # PR #700 detaches delta and takes the mean over a matrix: its lambda is divided by the number of rows here.
     qmax, penalty = 2 ** (bits - 1) - 1, 0.0
     for shape in {w.shape for w in matrices}:
         bank = torch.stack([w for w in matrices if w.shape == shape])
@@ -1309,18 +1308,18 @@ def warm_up(model: GPT, called, c: Config, dist: Dist) -> None:
     """Compile all that a step runs, on synthetic tokens, and leave the weights as they were."""
     params, optimizers = list(model.parameters()), Optimizers(model, c, dist)
     generator, mine = torch.Generator().manual_seed(c.seed), dist.share(c.batch_seqs)
-    with weights_replaced(params, params):
+    with weights_replaced(params, params):  # by themselves, to have them restored
         for step in range(c.warmup_steps):
             shape = (mine.stop - mine.start, c.train_seq_len + 1)
             batch = torch.randint(c.vocab_size, shape, generator=generator).to(dist.device)
             accumulate_gradients(called, batch, None, c)
-            optimizers.schedule(Phase(1.0, c.muon_momentum, False, False, False))
+            optimizers.schedule(Phase(1.0, c.muon_momentum))
             optimizers.step()
             log.info(f"warmup_step:{step + 1}/{c.warmup_steps}")
 
 
 def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream | None):
-    """Train in place. Return (averages, the clock, which runs on, the record's part). Raise InputError for a NaN."""
+    """Train in place. Return (averages, the clock, which runs on, the record's part). Raise InputError at a NaN."""
     called = compiled(model, c, dist.device)
     log.info(f"train_loader:dataset:{c.data_path} train_shards:{len(loader.shards)} sequences:{loader.n}")
     warm_up(model, called, c, dist)
@@ -1328,7 +1327,7 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
     clock, averages = Clock(dist), WeightAverages(model, c)
     weights, matrices = complement_weights(loader, c), list(by_role(model, "matrix").values())
     budget = max(0.0, c.max_wallclock_seconds - c.reserve_seconds)
-    step, total, elapsed, log2_step, was = 0, c.iterations, 0.0, 0.0, Phase(0.0, 0.0, False, False, False)
+    step, total, elapsed, log2_step, was = 0, c.iterations, 0.0, 0.0, Phase(0.0, 0.0)
     while step < total:
         phase = schedule(step, total, c)
         for part in ("swa", "crown_q"):
@@ -1341,7 +1340,7 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
         with late_qat(model, log2_step, c) if phase.late_qat else nullcontext():
             nll = accumulate_gradients(called, loader.batch(step), weights, c)
         if phase.crown_q:
-            (c.crown_q_lambda / dist.world_size * crown_q_penalty(matrices, c.quant_bits)).backward()
+            (c.crown_q_lambda / dist.world_size * crown_q_penalty(matrices, c.quant_bits)).backward()  # ranks add up
         optimizers.step()
         averages.update(step, phase.swa)
         step, was = step + 1, phase
@@ -1375,7 +1374,7 @@ def log_step(step: int, losses: str, elapsed: float, c: Config) -> None:
 
 @torch.no_grad()
 def held_out_loss(called, loader: TrainLoader, c: Config, dist: Dist) -> float:
-    """Return the nll per token on the held-out spans of training text, over all ranks."""
+    """Return the nll per token on the held-out spans that averages are chosen on, over all ranks."""
     nll = torch.zeros((), device=dist.device)
     for inputs, targets in micro_batches(loader.averaging_rows(), c):
         nll += called(inputs, targets).sum()
@@ -1399,7 +1398,7 @@ def choose_average(model: GPT, averages: WeightAverages, loader: TrainLoader, c:
 
 @dataclass(frozen=True)
 class Grid:
-    """Weight (r, j) = code * scale[r] / 2^(k / 2), |code| <= qmax, with the exponent k = rows[r] + columns[j]."""
+    """Weight (r, j) = code * scale[r] / 2^(k / 2), |code| <= qmax, k = rows[r] + columns[j] cut to 0...MAX_EXPONENT."""
 
     MAX_EXPONENT = 12  # each exponent has its own rANS table
 
@@ -1412,8 +1411,8 @@ class Grid:
         return (self.rows.short().unsqueeze(1) + self.columns).clamp(0, self.MAX_EXPONENT).to(torch.uint8)
 
     def steps(self) -> Tensor:
-        """Return the distance of two codes' weights, float32 [rows, cols]."""
-        # From a list: a power computed on another machine might differ in its last bit.
+        """Return the distance between the weights of adjacent codes, float32 [rows, cols]."""
+        # Python's powers: those of another device might differ in the last bit.
         powers = torch.tensor([2.0 ** (k / 2) for k in range(self.MAX_EXPONENT + 1)], device=self.scale.device)
         return self.scale.float().unsqueeze(1) / powers[self.exponents().long()]
 
@@ -1442,9 +1441,9 @@ def hessian_grid(w: Tensor, role: str, info: HessianInfo, log2_step: float, c: C
     weight would need a code above qmax.
     """
     scale, qmax = (2 * w.square().mean().sqrt()).clamp(min=2.0**-24).half().view(1), code_limit(role, c)
-    columns = info.columns.clamp(min=1e-30).log2()
-    rows = info.rows.log2() + columns.mean() + 2 * scale.float().log2() - 2 * log2_step
-    columns = (columns - columns.mean()).round().clamp(-64, 63)
+    log2_columns = info.columns.clamp(min=1e-30).log2()
+    rows = info.rows.log2() + log2_columns.mean() + 2 * scale.float().log2() - 2 * log2_step
+    columns = (log2_columns - log2_columns.mean()).round().clamp(-64, 63)
     finest = 2 * (qmax * scale.float() / w.abs().amax(1).clamp(min=2.0**-24)).log2()
     rows = torch.minimum(rows.round(), finest.floor() - columns.max()).clamp(-64, 63)
     return Grid(scale, rows.to(torch.int8), columns.to(torch.int8), qmax)
@@ -1474,7 +1473,7 @@ def hessian_info(squares: Tensor, xtx: Tensor | None = None) -> HessianInfo:
         scale = squares.mean().clamp(min=1e-30).sqrt()
         return HessianInfo(floored(squares.mean(1) / scale), floored(squares.mean(0) / scale))
     # The curvature is taken for (gradients' power) x (X^T X), as in K-FAC (arXiv 1503.05671). A column's sensitivity is
-    # what the columns that GPTQ rounds after it cannot make up for: its squared Cholesky pivot.
+    # what the columns that GPTQ rounds after it cannot make up for: 1 / (its diagonal of hinv_chol)^2.
     order = xtx.diagonal().argsort(descending=True, stable=True)
     h = xtx[order][:, order].double()
     h.diagonal().add_(0.01 * h.diagonal().mean().clamp(min=1e-12))  # GPTQ's damping
@@ -1543,7 +1542,7 @@ def quantize(model: GPT, infos: dict[str, HessianInfo], log2_step: float, c: Con
 
 @torch.no_grad()
 def load_codes(model: GPT, quantized: Quantized) -> None:
-    """Give the model the weights that an artifact gives back."""
+    """Put an artifact's quantized weights into the model; the scalars stay as they are."""
     for name, p in quantized_parameters(model).items():
         codes, grid = quantized[name]
         p.copy_(codes * grid.steps())
@@ -1556,11 +1555,11 @@ FIT_SLACK = 0.002  # the part of the budget that a fit may leave free
 def artifact_budget(model: GPT, c: Config) -> int:
     """Return the bytes that TARGET_BYTES leaves beside the script. Raise InputError if the model cannot fit."""
     n_codes, n_all = (sum(map(Tensor.numel, x)) for x in (quantized_parameters(model).values(), model.parameters()))
-    budget = c.target_bytes - os.path.getsize(__file__)
-    least = c.target_bytes - budget + math.ceil(LEAST_BITS * n_codes / 8) + n_all - n_codes
+    script = os.path.getsize(__file__)
+    least = script + math.ceil(LEAST_BITS * n_codes / 8) + n_all - n_codes
     if least > c.target_bytes:
         raise InputError(f"TARGET_BYTES={c.target_bytes} is too small: script and model need at least {least:,} bytes")
-    return budget
+    return c.target_bytes - script
 
 
 def step_range(c: Config) -> tuple[float, float]:
@@ -1569,7 +1568,7 @@ def step_range(c: Config) -> tuple[float, float]:
         return -32.0, 32.0
     # Below four standard deviations, int6 loses more in the tails than it gains by finer steps.
     finest = math.log2((c.clip_sigmas or 4) / code_limit("matrix", c))
-    return finest, finest if c.clip_sigmas else 1.0
+    return finest, finest if c.clip_sigmas else max(1.0, finest)
 
 
 def fit_entropy(model: GPT, infos: dict[str, HessianInfo], budget: int, c: Config) -> float:
@@ -1587,13 +1586,13 @@ def fit_entropy(model: GPT, infos: dict[str, HessianInfo], budget: int, c: Confi
     return high
 
 
-def fit_to_size(model: GPT, infos: dict[str, HessianInfo], net: BiasNet, c: Config, tokenizer: str) -> Quantized:
-    """Return the finest of a few quantizations with which script and artifact fit TARGET_BYTES, or the last one."""
+def fit_to_size(model: GPT, infos: dict[str, HessianInfo], net: BiasNet, c: Config, tokenizer_sha256: str) -> Quantized:
+    """Return the largest of a few quantizations with which script and artifact fit TARGET_BYTES, or the last one."""
     budget, (finest, coarsest), best, best_bytes = artifact_budget(model, c), step_range(c), None, 0
     log2_step, too_fine, fitting = fit_entropy(model, infos, budget, c), finest, coarsest
     for attempt in range(16):
         quantized = quantize(model, infos, log2_step, c)
-        n_bytes = len(pack(model, quantized, net, c, tokenizer))
+        n_bytes = len(pack(model, quantized, net, c, tokenizer_sha256))
         clip = f" clip_sigmas:{code_limit('matrix', c) * 2**log2_step:.3f}" if c.quant == "int6" else ""
         log.info(f"fit: log2_step:{log2_step:.4f}{clip} artifact:{n_bytes} budget:{budget}")
         if n_bytes > budget:
@@ -1603,7 +1602,7 @@ def fit_to_size(model: GPT, infos: dict[str, HessianInfo], net: BiasNet, c: Conf
         at_limit = log2_step == (finest if n_bytes <= budget else coarsest)
         if at_limit or best_bytes > (1 - FIT_SLACK) * budget or attempt >= 3 and best_bytes > 0.98 * budget:
             break
-        # Half the step takes a bit more for each code. Correct by more each time; outside of what is known, bisect.
+        # Half the step takes about one bit more a code. Correct by more each time; outside of the bracket, bisect.
         excess_bits = 8 * (n_bytes - (1 - FIT_SLACK / 2) * budget) / sum(x.numel() for x, _ in quantized.values())
         guess = log2_step + excess_bits * 2 ** max(0, attempt - 1)
         outside = best and not too_fine <= guess < fitting
@@ -1762,7 +1761,7 @@ def rans_decode(data: bytes, tables: np.ndarray, frequencies: np.ndarray) -> np.
 
 
 def export(model: GPT, loader: TrainLoader, path: Path, tokenizer_sha256: str, c: Config, dist: Dist) -> None:
-    """Quantize the averaged model to TARGET_BYTES, fit the mixer on the stored model's rows, write the artifact."""
+    """Quantize the averaged model to TARGET_BYTES, fit the mixer on the quantized model's rows, write the artifact."""
     called, net = compiled(model, c, dist.device), BiasNet(c).to(dist.device)
     before = held_out_loss(called, loader, c, dist)
     infos = measure_hessians(model, loader.run_rows(0, max(1, c.gptq_tokens // c.train_seq_len)), dist)
@@ -1811,7 +1810,7 @@ class Candidates:
 
 
 class HashChains:
-    """Where the contexts of the last k tokens stood before, for each k of NGRAM_ORDERS.
+    """The earlier positions of each context, the last k tokens, for each k of NGRAM_ORDERS.
 
     As in zlib, `prev` links every position to the latest earlier one with the same context, and `head`, a table that
     all orders share, finds the first link by the context's hash. A head holds the newest position with that hash and 32
@@ -1829,7 +1828,7 @@ class HashChains:
         self.head = torch.zeros(1 << c.ngram_table_bits, dtype=torch.int64, device=device)  # position + 1, hash bits
         self.tokens = torch.zeros(1, dtype=torch.int32, device=device)  # both grow by doubling
         self.prev = torch.zeros(len(self.orders), 1, dtype=torch.int32, device=device)  # position + 1; 0 = none
-        self.ahead: tuple[Tensor, ...] | None = None  # the inputs behind position `seen`, not yet part of the state
+        self.ahead: tuple[Tensor, ...] | None = None  # the inputs from position `seen` on, not yet part of the state
 
     def hashes(self, inputs: Tensor) -> Tensor:
         """Return a number for the context of each order that ends at each input: int64 [orders, n]."""
@@ -1879,7 +1878,7 @@ class HashChains:
             yield at
 
     def candidates(self, inputs: Tensor, rows: slice, logp: Tensor) -> Candidates:
-        """Return the tokens that stood behind the contexts that end at inputs[rows]; logp [m, V]: the neural rows."""
+        """Return the tokens that followed the contexts that end at inputs[rows]; logp [m, V]: the neural rows."""
         m, vocab_size, n_orders = rows.stop - rows.start, self.c.vocab_size, len(self.orders)
         begins = self.look_ahead(inputs)[1][rows]
         order = torch.arange(n_orders, device=inputs.device).unsqueeze(1)
@@ -1887,7 +1886,7 @@ class HashChains:
         cells, columns = [], []
         for position in self.chain(rows):
             earlier = position < begins
-            # Order 1 counts in this document only: over all documents it would add tokens and no knowledge.
+            # Order 1 counts in this document only: over all of them it adds candidates and hardly any information.
             used = (position >= 0) & ~(earlier & (order[: len(position)] == 0))
             token = self.tokens[position + 1].long()
             cells.append((first_cell + token)[used])
@@ -1924,7 +1923,7 @@ class RowBlock:
     mine: slice  # this rank's part of them
     logp: Tensor | None  # the neural rows, float32 [m, V]; dropped once they are mixed
     candidates: Candidates
-    carry: object = None  # what the mixer left behind the block before, and after `mix` behind this one
+    carry: object = None  # what the mixer left after the block before; `mix` replaces it by what it leaves after this
 
 
 class Mixer:
@@ -1949,7 +1948,7 @@ class Neural(Mixer):
 
 
 class Flat(Mixer):
-    """The network's rows at temperature 2. It stands where PR #700 has e^-H for every token, no distribution."""
+    """The network's rows at temperature 2, in place of PR #700's e^-H for every token, which is no distribution."""
 
     def mix(self, block: RowBlock) -> Tensor:
         return (block.logp.double() / 2).log_softmax(-1).float()
@@ -1994,11 +1993,11 @@ class Trigram(Bigram):
 
 
 class Backoff(Mixer):
-    """The shares at the longest context with a minimum count, weighed by the network's entropy H."""
+    """The frequencies at the longest context with a minimum count, weighed by the network's entropy H."""
 
     def mix(self, block: RowBlock) -> Tensor:
         # weight = base + range * sigmoid(2 (H - center)), with one center (PR #1033) or one for each length of context
-        # (PR #825). Both published forms look up the target only; these are shares over the whole vocabulary.
+        # (PR #825). Both published forms look up the target only; these are frequencies over the whole vocabulary.
         c, found, totals = self.c, block.candidates, block.candidates.totals.sum(1)
         index = torch.arange(len(c.ngram_orders), device=totals.device)
         longest = torch.where(totals >= c.backoff_min_count, index, -1).amax(1)
@@ -2009,9 +2008,9 @@ class Backoff(Mixer):
         weight = torch.where(longest >= 0, weight, 0.0).double().clamp(max=1 - 1e-6)
         at = longest.clamp(min=0)[found.row].unsqueeze(1)
         counts, totals = found.counts.sum(1).gather(1, at).double(), totals[found.row].gather(1, at).double()
-        share = (counts / totals.clamp(min=1)).squeeze(1)
+        frequency = (counts / totals.clamp(min=1)).squeeze(1)
         kept = (1 - weight).log()
-        mixed = ((found.logp + kept[found.row]).exp() + weight[found.row] * share).log()
+        mixed = ((found.logp + kept[found.row]).exp() + weight[found.row] * frequency).log()
         return (block.logp + kept.unsqueeze(1)).float().index_put((found.row, found.token), mixed.float())
 
 
@@ -2059,7 +2058,7 @@ class BiasNet(nn.Module):
 
     @staticmethod
     def features(candidates: Candidates, entries: slice) -> Tensor:
-        """Return [entries, 6 orders + 1]: by order, in all and in this document, share, log-count and known; logp."""
+        """Return [entries, 6 orders + 1]: (frequency, log-count, whether seen) x (all, this document) x order; logp."""
         row, logp = candidates.row[entries], candidates.logp[entries]
         counts, totals = candidates.counts[entries].to(logp), candidates.totals[row].to(logp)
         counts, totals = (torch.stack([x.sum(1), x[:, 0]], dim=1) for x in (counts, totals))
@@ -2138,23 +2137,23 @@ class Hedge(Mixer):
 
     def mix(self, block: RowBlock) -> Tensor:
         rows, mine, inputs = block.rows, block.mine, block.inputs
-        found = [expert.mix(block) for expert in self.experts.values()]
+        logps = [expert.mix(block) for expert in self.experts.values()]
         known = slice(mine.start, min(mine.stop, rows.stop - 1))  # rows whose next token is an input of this block
         target = inputs[known.start + 1 : known.stop + 1].unsqueeze(1)
-        gains = torch.cat([logp[: len(target)].gather(1, target) for logp in found], dim=1).double()
+        gains = torch.cat([logp[: len(target)].gather(1, target) for logp in logps], dim=1).double()
         part = slice(known.start - rows.start, known.stop - rows.start)
         gains = self.dist.gather(gains, part, rows.stop - rows.start - 1)
         log_w = self.log_w if block.carry is None else self.close(block.carry, inputs[rows.start])
         log_w = hedge_weights(log_w, gains, self.c.hedge_eta, self.c.hedge_share)
         is_owner = mine.stop == rows.stop  # of the last row, which all ranks need
-        open_row = torch.stack([logp[-1] if is_owner else logp.new_zeros(logp.shape[1]) for logp in found])
+        open_row = torch.stack([logp[-1] if is_owner else logp.new_zeros(logp.shape[1]) for logp in logps])
         block.carry = log_w[-1], self.dist.sum(open_row)
         weights = log_w[mine.start - rows.start : mine.stop - rows.start].softmax(1).to(block.logp.device)
-        mixed = sum(weights[:, k : k + 1] * logp.double().exp() for k, logp in enumerate(found))
+        mixed = sum(weights[:, k : k + 1] * logp.double().exp() for k, logp in enumerate(logps))
         return mixed.log().float()
 
     def close(self, carry: tuple[Tensor, Tensor], token: Tensor) -> Tensor:
-        """Return the log-weights behind an open row, given its token."""
+        """Return the log-weights after an open row, given its token."""
         log_w, open_row = carry
         gains = open_row[:, token].double().unsqueeze(0)
         return hedge_weights(log_w, gains, self.c.hedge_eta, self.c.hedge_share)[-1].log_softmax(0)
@@ -2228,7 +2227,7 @@ class SlidingWindow:
         offset = self.seen - len(self.context)  # position of known[0]
         for b in range(0, len(starts), batch):
             start, low, high = starts[b : b + batch], lows[b : b + batch], highs[b : b + batch]
-            # Few shapes: to compile another takes half a minute.
+            # Pad to a power of two: to compile another shape takes half a minute.
             padded = np.pad(start, (0, (1 << (len(start) - 1).bit_length()) - len(start)), mode="edge")
             keep = self.stride if (start + seq_len - low).max() <= self.stride else seq_len
             window = np.repeat(np.arange(len(start)), high - low)  # of each position from low[0] to high[-1]
@@ -2247,10 +2246,10 @@ class SlidingWindow:
 class Deadline:
     """When adaptation has to end, once and for all: the rest of the stream must still be scored in time.
 
-    The clock and the stream's length, and no token, decide. The chunks adapted to, `stop_after`, reproduce a score.
+    The clock and the stream's length decide, never a token. Pass the logged `ttt_stop` as `stop_after` to reproduce it.
     """
 
-    LATEST, LEAST = 9, 4  # chunks that the median is over, and before any decision: the first ones compile
+    LATEST, LEAST = 9, 4  # chunks in the median, and before any decision: the first ones compile
 
     def __init__(self, dist: Dist, n_chunks: int = 0, seconds: float = math.inf, stop_after: int | None = None):
         self.left, self.stop_after, self.clock, self.seconds = n_chunks, stop_after, Clock(dist), seconds
@@ -2282,7 +2281,7 @@ class TTT(SlidingWindow):
 
     def __init__(self, model: GPT, c: Config, dist: Dist, tokenizer: Tokenizer, deadline: Deadline | None = None):
         self.deadline, self.tokenizer = deadline or Deadline(dist), tokenizer
-        self.skipped = torch.zeros((), dtype=torch.int64, device=dist.device)  # steps without a finite gradient
+        self.skipped = torch.zeros((), dtype=torch.int64, device=dist.device)  # steps on a gradient that was not finite
         self.learner = copy.deepcopy(model)
         self.average = copy.deepcopy(model) if c.ttt_polyak else self.learner
         self.called = compiled(self.learner, c, dist.device)
@@ -2368,7 +2367,7 @@ class MixedTTT:
         self.forget_other(tokens[:-1])
         parts = list(row_slices(len(tokens) - 1, self))
         if [part for part in parts if part.stop not in self.made or self.made[part.stop].rows != part]:
-            self.made = {}  # of other blocks than those that are scored
+            self.made = {}  # in other blocks than `score` uses
             for rows in parts:
                 self.predict(tokens[:-1], rows)
         self.mixer.learn(tokens, [self.made[rows.stop] for rows in parts])
@@ -2414,7 +2413,7 @@ def row_slices(n: int, predictor):
 
 def score(predictor, stream: Stream, chunk_tokens: int, dist: Dist) -> dict[str, Score]:
     """Predict, score, update, from left to right. Return a score a stage. Raise InputError for an improper row."""
-    clock, said, worst = Clock(dist), 0.0, dict.fromkeys(predictor.stages, 0.0)
+    clock, logged, worst = Clock(dist), 0.0, dict.fromkeys(predictor.stages, 0.0)
     nll = {stage: torch.zeros(len(stream), dtype=torch.float64) for stage in predictor.stages}
     for chunk in stream.chunks(chunk_tokens):
         for rows in row_slices(len(chunk.inputs), predictor):
@@ -2430,9 +2429,9 @@ def score(predictor, stream: Stream, chunk_tokens: int, dist: Dist) -> dict[str,
                     raise InputError(f"scoring: by position {done} {off}")
         if not chunk.is_last:
             predictor.update(chunk.tokens)
-        if clock.seconds() - said >= 10:
-            said, bpb = clock.seconds(), bits_per_byte(nll[stage][:done], stream.token_bytes[:done])
-            log.info(f"  {stage}_chunk [{done}/{len(stream)}] bpb={bpb:.4f} time={said:.1f}s")
+        if clock.seconds() - logged >= 10:
+            logged, bpb = clock.seconds(), bits_per_byte(nll[stage][:done], stream.token_bytes[:done])
+            log.info(f"  {stage}_chunk [{done}/{len(stream)}] bpb={bpb:.4f} time={logged:.1f}s")
     bpb, seconds = {stage: bits_per_byte(x, stream.token_bytes) for stage, x in nll.items()}, clock.seconds()
     return {stage: Score(x, x.mean().item(), bpb[stage], worst[stage], seconds) for stage, x in nll.items()}
 
@@ -2457,7 +2456,7 @@ def evaluate(model: GPT, net: BiasNet, c: Config, dist: Dist, tokenizer: Tokeniz
             adaptation = dict(adapted_chunks=deadline.adapted, chunks=n_chunks, ttt_stop=deadline.stop_after)
             skipped = int(getattr(predictor, "neural", predictor).skipped)
             log.info(f"ttt_chunks:{deadline.adapted}/{n_chunks} skipped_steps:{skipped}")
-        if stage == "mixed" and c.mixer == "hedge":
+        if stage == "mixed" and c.mixer == "hedge":  # the weights before the last chunk, which nothing learns from
             weights = zip(c.hedge_experts, predictor.mixer.log_w.softmax(0).tolist(), strict=True)
             log.info("hedge_weights: " + " ".join(f"{name}:{w:.6f}" for name, w in weights))
         for name, x in found.items():
@@ -2466,7 +2465,8 @@ def evaluate(model: GPT, net: BiasNet, c: Config, dist: Dist, tokenizer: Tokeniz
             records[name] |= dict(seconds=round(x.seconds, 3), tokens=len(stream), bytes=int(stream.token_bytes.sum()))
             records[name] |= dict(documents=stream.documents, whole_stream=stream.whole, **adaptation)
         scores |= found
-    log.info(f"eval_seconds: {clock.seconds():.1f}" + (f" of {c.max_eval_seconds:g}" if c.max_eval_seconds else ""))
+    seconds, cap = clock.seconds(), c.max_eval_seconds
+    log.info(f"eval_seconds: {seconds:.1f}" + (f" of {cap:g}" if cap else "") + (" OVER" if 0 < cap < seconds else ""))
     return {stage: records[stage] for stage in c.stages}, scores
 
 
@@ -2509,7 +2509,7 @@ def log_start(c: Config, dist: Dist, stream: Stream | None) -> None:
 
 
 def write_records(record: dict, scores: dict[str, Score], stream: Stream | None, c: Config) -> None:
-    """Write logs/<RUN_ID>.json, and the final stage's per-token record if SCORES_PATH asks for it."""
+    """Write LOG_DIR/RUN_ID.json, and the final stage's per-token record if SCORES_PATH asks for it."""
     write_atomically(Path(c.log_dir) / f"{c.run_id}.json", (json.dumps(record, indent=1) + "\n").encode())
     if c.scores_path and scores:
         nll, token, n_bytes = (x.numpy() for x in (scores[c.stages[-1]].nll, stream.tokens[1:], stream.token_bytes))
@@ -2596,4 +2596,4 @@ def main() -> int:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    os._exit(status)  # everything is written; gloo's threads can abort an interpreter that takes itself apart
+    os._exit(status)  # everything is written; gloo's threads can abort an interpreter that shuts down

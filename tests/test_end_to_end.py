@@ -172,7 +172,7 @@ def only(run, pattern):
 
 
 def test_the_log_is_the_output_and_begins_with_every_value_in_force(whole_run):
-    c = Config.from_env(whole_run.env)
+    c = dataclasses.replace(Config.from_env(whole_run.env), artifact_path=str(whole_run.artifact))
     assert whole_run.lines == whole_run.stdout.splitlines() and whole_run.stderr == ""
     assert whole_run.lines[: len(c.lines())] == c.lines()
 
@@ -314,7 +314,8 @@ def test_the_record_has_every_key(whole_run):
 
 
 def test_the_record_names_the_run(whole_run):
-    record, c = whole_run.record, Config.from_env(whole_run.env)
+    record = whole_run.record
+    c = dataclasses.replace(Config.from_env(whole_run.env), artifact_path=str(whole_run.artifact))
     assert record["run_id"] == "whole" and record["seed"] == c.seed
     assert {k: tuple(v) if isinstance(v, list) else v for k, v in record["config"].items()} == dataclasses.asdict(c)
     assert record["train"]["steps"] == 12 and record["train"]["tokens"] == 12 * 1024
@@ -561,7 +562,7 @@ def assert_wrote_nothing(run):
     [
         (dict(ITERATIONS="many"), ["ITERATIONS='many'", "a whole number"]),
         (dict(WARMDOWN_ITER="9"), ["WARMDOWN_ITER", "did you mean WARMDOWN_ITERS?"]),
-        (dict(TTT_ENABLED="1"), ["TTT_ENABLED=1", "known TTT settings are"]),
+        (dict(TTT_ENABLED="1"), ["TTT_ENABLED=1", "did you mean TTT_CHUNK_TOKENS, "]),
         (dict(PRESET="smoke,huge"), ["PRESET=smoke,huge", "configs/huge.env", "best, cpu"]),
         (dict(DATA_PATH="/no/such/folder"), ["DATA_PATH=/no/such/folder"]),
         (dict(PHASE="eval", ARTIFACT_PATH="/no/such/file"), ["ARTIFACT_PATH=/no/such/file"]),
