@@ -366,6 +366,7 @@ def test_a_packed_model_comes_back_bit_for_bit(quant, codec, changes, make, tmp_
 
 
 @pytest.mark.parametrize(("quant", "codec"), [("int6", "lzma"), ("hessian", "rans")])
+@pytest.mark.slow
 def test_an_export_holds_the_model_of_which_it_logs_the_loss(quant, codec, make, tmp_path, lines, monkeypatch):
     monkeypatch.setattr(train_gpt, "CALIBRATION_STEPS", 3)
     c = with_room(make(quant, codec, mixer_calibration_tokens=300), 33_000)

@@ -136,6 +136,7 @@ def test_watching_changes_no_weight(tiny_config):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 def test_train_prints_the_step_and_the_figures_that_follow_from_it(lines_of, run_bench, tmp_path, tiny_config):
     c, profile = tiny_config(), tmp_path / "profile.txt"
     options = ("--steps", 3, "--warmup", 1, "--profile", profile, "--peak-tflops", 0.5)
@@ -208,6 +209,7 @@ def test_data_counts_tokens(lines_of, virtual_time, monkeypatch):
 # score and ttt
 
 
+@pytest.mark.slow
 def test_score_agrees_with_the_script_at_every_context_and_stride(lines_of, artifact, scored):
     """64 tokens of context are more than the artifact's model has positions for."""
     options = ("--artifact", artifact, "--val-tokens", 600)
@@ -223,6 +225,7 @@ def test_score_agrees_with_the_script_at_every_context_and_stride(lines_of, arti
 
 
 @pytest.mark.parametrize("stage", ["ttt", "mixed"])
+@pytest.mark.slow
 def test_ttt_agrees_with_the_script_at_every_stride_and_number_of_epochs(lines_of, artifact, scored, stage):
     options = ("--artifact", artifact, "--val-tokens", 600, "--stage", stage)
     rows = [line.split() for line in lines_of("ttt", *options, "--strides", "32,8", "--epochs", "0,1")[2:]]
@@ -237,6 +240,7 @@ def test_ttt_agrees_with_the_script_at_every_stride_and_number_of_epochs(lines_o
 # mixer
 
 
+@pytest.mark.slow
 def test_each_mixers_row_is_the_script_own_score_with_it(lines_of, artifact, scored, tiny_config, monkeypatch):
     """Also where a chunk has several blocks, with what one leaves to the next."""
     monkeypatch.setattr(train_gpt, "BLOCK_CELLS", 64 * 320)

@@ -81,6 +81,7 @@ def assert_takes(data, nll):
 
 
 @pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@pytest.mark.slow
 def test_a_row_has_the_same_bits_before_the_rest_of_its_chunk_is_known(run, way):
     """The decoder's rows are the encoder's, and the scoring loop's in blocks of a stride."""
     mixed, stride = changed(run, **way), run.c.eval_stride
@@ -93,6 +94,7 @@ def test_a_row_has_the_same_bits_before_the_rest_of_its_chunk_is_known(run, way)
 
 
 @pytest.mark.parametrize("stage", train_gpt.STAGES)
+@pytest.mark.slow
 def test_tokens_come_back_in_the_bits_that_their_rows_say(run, stage):
     staged = changed(run, stages=(stage,), val_batch_size=CHUNK)
     tokens = staged.stream().tokens
@@ -108,6 +110,7 @@ def test_the_last_chunk_s_score_does_not_depend_on_what_is_learned_from_it(run):
     assert predictor.neural.seen == predictor.chains.seen == N - N % CHUNK
 
 
+@pytest.mark.slow
 def test_every_changed_byte_and_another_predictor_are_noticed(run):
     sliding = changed(run, stages=("sliding",))
     data = codec.encode(sliding.predictor(), run.stream().tokens, CHUNK)
@@ -148,6 +151,7 @@ def test_a_number_of_tokens_that_cannot_be_is_refused(data):
         codec.from_varint(data)
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_adapting_is_decoded_with_its_number_of_chunks(run):
     adapting, tokens = changed(run, stages=("ttt",)), run.stream().tokens
     data = codec.encode(adapting.predictor(ttt_stop=1), tokens.clone(), CHUNK)

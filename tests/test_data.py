@@ -196,6 +196,7 @@ NASTY = st.one_of(
 
 @settings(max_examples=300)
 @given(documents=st.lists(NASTY, min_size=1, max_size=5))
+@pytest.mark.slow
 def test_bytes_are_those_of_the_decoded_text_document_by_document(tokenizer, documents):
     ids = tokenizer.sp.encode(documents)
     assert counted_bytes(tokenizer, ids) == [len(tokenizer.sp.decode(i).encode("utf-8")) for i in ids]
@@ -203,6 +204,7 @@ def test_bytes_are_those_of_the_decoded_text_document_by_document(tokenizer, doc
 
 @settings(max_examples=300)
 @given(documents=st.lists(NASTY, min_size=1, max_size=5))
+@pytest.mark.slow
 def test_a_lossless_tokenizer_counts_the_texts_own_bytes(tokenizer, documents):
     """U+2581 is SentencePiece's own sign for a space, and no tokenizer can tell the two apart."""
     assume(not any("\u2581" in text for text in documents))
@@ -373,6 +375,7 @@ def cut_streams(draw):
 
 @settings(max_examples=300)
 @given(cut_streams())
+@pytest.mark.slow
 def test_every_position_has_one_window_and_the_same_in_any_piece(cut):
     stride, seq_len, edges = cut
     answered = []

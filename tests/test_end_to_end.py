@@ -348,6 +348,7 @@ def test_adaptation_helps_and_counts_help_more(whole_run):
 
 @pytest.mark.parametrize("codec", ["lzma", "rans"])
 @pytest.mark.parametrize("quant", ["int6", "hessian"])
+@pytest.mark.slow
 def test_script_and_artifact_take_the_size_that_was_asked_for(run, quant, codec):
     """Never more, and little less: the fit stops within 0.2 % or after its last attempt."""
     changes = dict(target_bytes=SCRIPT_BYTES + 18_000, quant=quant, codec=codec, late_qat_threshold=0.0)
@@ -399,6 +400,7 @@ def test_scores_may_go_to_a_folder_that_does_not_exist_yet(run, whole_run, tmp_p
 # One seed, one result; one artifact, one score
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_seed_write_the_same_artifact(whole_run, trained):
     assert whole_run.artifact.read_bytes() == trained.artifact.read_bytes()
 
@@ -432,6 +434,7 @@ def test_a_scoring_setting_of_the_environment_replaces_the_artifacts(run, whole_
     assert own["val_bpb"] != other["val_bpb"]
 
 
+@pytest.mark.slow
 def test_the_cap_on_scoring_stops_adaptation_and_the_log_names_the_chunk(capped):
     row = capped.record["stages"]["mixed"]
     assert (row["adapted_chunks"], row["chunks"], row["ttt_stop"]) == (3, 6, 3)

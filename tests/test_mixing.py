@@ -103,6 +103,7 @@ def test_every_mixer_gives_full_positive_normalized_rows(
 
 
 @pytest.mark.parametrize("name", sorted(MIXERS))
+@pytest.mark.slow
 def test_no_row_depends_on_its_target_or_on_later_inputs(name, tiny_config):
     """Change all tokens after input j: the rows up to j stay the same to the last bit."""
     config, tokens, logp = tiny_config(mixer_lr=0.1), repetitive(121), random_rows(120).float()
@@ -234,6 +235,7 @@ def adversarial(n_experts, n, vocab_size, sharpness, greed, seed):
     block_rows=st.integers(1, 12),
     seed=st.integers(0, 2**32 - 1),
 )
+@pytest.mark.slow
 def test_hedge_costs_at_most_log_k_more_than_the_best_expert(
     tiny_config, n_experts, n, vocab_size, sharpness, greed, chunk_tokens, block_rows, seed
 ):

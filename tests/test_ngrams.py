@@ -123,6 +123,7 @@ def test_memory_is_a_fixed_table_and_at_most_twice_the_stream(tiny_config):
 
 
 @pytest.mark.parametrize(("bits", "least", "most"), [(6, 0.001, 0.5), (20, 0.99, 1.0)])
+@pytest.mark.slow
 def test_a_full_table_forgets_and_never_invents(bits, least, most, tiny_config):
     tokens = torch.randint(4, 40, (2001,), generator=torch.Generator().manual_seed(0)).tolist()
     small, slow = HashChains(tiny_config(ngram_table_bits=bits), CPU), PositionLists(tiny_config())

@@ -200,6 +200,7 @@ def free_port():
         return s.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_and_three_processes_make_the_steps_of_one(tiny_config, tmp_path):
     """With 4 layers some bank is no multiple of 3 ranks."""
     config = tiny_config(num_layers=4)

@@ -264,6 +264,7 @@ def test_bad_options_are_one_line(corpus, model, tmp_path, capsys):
     assert_refused(capsys, prepare.main(["sample", "--max-bytes", "1000"]), "--max-bytes", "1000", "300000")
 
 
+@pytest.mark.slow
 def test_the_command_itself_ends_with_one_line_and_code_2(corpus, model):
     command = [sys.executable, SCRIPT, "text", "--train", corpus.val, "--val", corpus.val]
     done = subprocess.run([*command, "--tokenizer", model, "--out", corpus.out], capture_output=True, text=True)
@@ -274,6 +275,7 @@ def test_the_command_itself_ends_with_one_line_and_code_2(corpus, model):
 # --- sample -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sample_is_lossless_disjoint_and_repeatable(tmp_path):
     outs = [tmp_path / side / "sample" for side in ("a", "b")]
     for out in outs:

@@ -182,6 +182,7 @@ def test_a_stage_does_not_change_the_model_that_it_was_given(world, stage):
 
 
 @pytest.mark.parametrize("mixer", ["hedge", "maxent"])
+@pytest.mark.slow
 def test_probing_another_future_leaves_no_trace(world, mixer):
     """Neither in the fingerprint nor in the rows that follow, to the last bit."""
     _, _, _, stream = world
@@ -305,6 +306,7 @@ def test_a_frozen_score_does_not_depend_on_chunks_or_batches(world):
     assert scores == pytest.approx([scores[0]] * 3, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_and_weights_are_the_same_in_blocks_of_any_size(world):
     stream = first(world[3], 80)
     passes = []
@@ -320,6 +322,7 @@ def test_rows_and_weights_are_the_same_in_blocks_of_any_size(world):
 
 @pytest.mark.parametrize(("cells", "block_rows"), [(1, 8), (320 * 30, 24)])
 @pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.slow
 def test_no_dense_tensor_has_more_rows_than_a_block(world, monkeypatch, cells, block_rows, world_size):
     config, _, _, stream = world
     stream = first(stream, 240)
@@ -488,6 +491,7 @@ def test_mixed_rows_are_those_of_test_time_training_with_the_candidates_biases(w
             part.update(chunk.tokens)
 
 
+@pytest.mark.slow
 def test_hedge_never_costs_more_than_its_best_expert_and_log_k(world):
     """In a whole pass, where every expert is also scored alone."""
     config, _, _, stream = world
@@ -514,6 +518,7 @@ def test_ttt_and_mixed_in_one_pass_equal_each_alone(world):
             assert records[stage]["max_sum_error"] == alone[stage].max_sum_error
 
 
+@pytest.mark.slow
 def test_calibration_fits_the_network_on_held_out_training_text(world, monkeypatch):
     monkeypatch.setattr(train_gpt, "CALIBRATION_STEPS", 60)
     config, model, tokenizer, stream = world
@@ -666,6 +671,7 @@ def test_the_ranks_stop_together(monkeypatch):
     assert len(alone) == 39
 
 
+@pytest.mark.slow
 def test_a_run_that_is_given_the_stop_gives_the_same_score(world, virtual_time, monkeypatch, caplog):
     config, model, tokenizer, stream = world
     n, c = n_chunks(world), dataclasses.replace(config, **FAST)

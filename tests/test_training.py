@@ -214,6 +214,7 @@ ADDITIONS = {  # each with the first of 12 steps, of which the last 6 are the wa
 
 
 @pytest.mark.parametrize("name", ADDITIONS)
+@pytest.mark.slow
 def test_an_addition_to_the_loss_acts_from_its_step_on(tiny_config, weights_by_step, name):
     settings, first = ADDITIONS[name]
     without, found = (weights_by_step(tiny_config(**BARE | extra), Dist()) for extra in ({}, settings))
@@ -221,6 +222,7 @@ def test_an_addition_to_the_loss_acts_from_its_step_on(tiny_config, weights_by_s
 
 
 @pytest.mark.parametrize("name", ADDITIONS)
+@pytest.mark.slow
 def test_an_addition_to_the_loss_acts_once_over_all_ranks(tiny_config, weights_by_step, name):
     c = tiny_config(**BARE | dict(iterations=6, warmdown_iters=4, swa_every=1) | ADDITIONS[name][0])
     bare = dataclasses.replace(c, **BARE)

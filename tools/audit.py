@@ -101,31 +101,31 @@ class Ledger:
     foreign: int = 0  # tokens that update was given and that do not stand there
 
 
-CACHES = ("made", "ahead")  # what `predict` may leave behind: other inputs make it again
-
-
 def state_of(x, visited: dict | None = None):
-    """Yield every tensor and number that an object holds, however deep, but for CACHES.
+    """Yield every tensor and number that an object holds, however deep. No predictor chooses what is looked at.
 
-    No predictor chooses what is looked at: state that is left out of a list would be missed.
+    Left out is what `predict` may leave behind, since it is made again for other inputs: MixedTTT.made and what hash
+    chains hold past `seen`.
     """
     visited = {} if visited is None else visited  # by id; holds the objects, whose ids would be used again otherwise
-    if isinstance(x, (bool, int, float, str)):
+    if isinstance(x, (bool, int, float, str, bytes)):
         yield x
+    elif isinstance(x, np.ndarray):
+        yield x.tobytes()
     elif id(x) not in visited:
         visited[id(x)] = x
         if isinstance(x, Tensor):
             yield x
         elif isinstance(x, (train_gpt.Clock, train_gpt.Deadline)):  # no token decides about time
             return
-        elif isinstance(x, train_gpt.HashChains):  # what lies past `seen` is of the chunk that follows
+        elif isinstance(x, train_gpt.HashChains):
             yield from (x.seen, x.document, x.tail, x.head, x.tokens[: x.seen], x.prev[:, : x.seen])
-        elif isinstance(x, (dict, list, tuple, deque)):
+        elif isinstance(x, (dict, list, tuple, set, deque)):
             for part in x.values() if isinstance(x, dict) else x:
                 yield from state_of(part, visited)
         elif hasattr(x, "__dict__"):
             for name, part in vars(x).items():
-                if name not in CACHES:
+                if name != "made" or not isinstance(x, train_gpt.MixedTTT):
                     yield from state_of(part, visited)
 
 
