@@ -922,9 +922,8 @@ class SmearGate(nn.Module):
         self.bos_id, self.gate, self.scale = c.bos_id, parameter("scalar", 12), parameter("scalar")
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
-        gate = self.scale * torch.sigmoid(x[..., : len(self.gate)].float() @ self.gate)
-        gate = gate.masked_fill(tokens == self.bos_id, 0.0)
-        return x + gate.unsqueeze(-1).to(x.dtype) * shift(x)
+        gate = torch.sigmoid(x[..., : len(self.gate)].float() @ self.gate).masked_fill(tokens == self.bos_id, 0.0)
+        return x + (self.scale * gate).unsqueeze(-1).to(x.dtype) * shift(x)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -1256,8 +1255,8 @@ def complement_weights(loader: TrainLoader, c: Config) -> Tensor | None:
     """Return loss weights [V, V] for (token before, target): max(0.1, 1 - alpha * c(x, y) / (C(x) + 1)), PR #803."""
     if not c.complement_alpha:
         return None
-    first = check_ids(loader.shards[0][: c.complement_tokens], c, loader.paths[0])
-    tokens = torch.from_numpy(first).to(loader.dist.device)
+    tokens = check_ids(loader.shards[0][: c.complement_tokens], c, loader.paths[0])
+    tokens = torch.from_numpy(tokens).to(loader.dist.device)
     pairs = torch.bincount(tokens[:-1] * c.vocab_size + tokens[1:], minlength=c.vocab_size**2)
     pairs = pairs.view(c.vocab_size, c.vocab_size).float()
     return (1 - c.complement_alpha * pairs / (pairs.sum(1, keepdim=True) + 1)).clamp(min=0.1)
@@ -1398,17 +1397,19 @@ def choose_average(model: GPT, averages: WeightAverages, loader: TrainLoader, c:
 
 @dataclass(frozen=True)
 class Grid:
-    """Weight (r, j) = code * scale[r] / 2^(k / 2), |code| <= qmax, k = rows[r] + columns[j] cut to 0...MAX_EXPONENT."""
+    """Weight (r, j) = code * scale[r] / 2^(k / 2), |code| <= qmax, with k = rows[r] + columns[j], in 0...caps[r]."""
 
-    MAX_EXPONENT = 12  # each exponent has its own rANS table
+    MAX_EXPONENT = 15  # each exponent has its own rANS table
 
     scale: Tensor  # float16 [rows], or [1] for all rows
     rows: Tensor  # int8 [rows]
     columns: Tensor  # int8 [cols]
+    caps: Tensor  # int8 [rows]
     qmax: int
 
     def exponents(self) -> Tensor:
-        return (self.rows.short().unsqueeze(1) + self.columns).clamp(0, self.MAX_EXPONENT).to(torch.uint8)
+        rows, caps = self.rows.short().unsqueeze(1), self.caps.short().unsqueeze(1)
+        return (rows + self.columns).clamp(min=0).minimum(caps).to(torch.uint8)
 
     def steps(self) -> Tensor:
         """Return the distance between the weights of adjacent codes, float32 [rows, cols]."""
@@ -1430,7 +1431,7 @@ def int6_grid(w: Tensor, role: str, info: HessianInfo | None, log2_step: float, 
     """Return the grid of int6: a float16 scale a row, 2^log2_step standard deviations of it (SDClip, PR #1394)."""
     scale = (2**log2_step * w.std(1, correction=0)).clamp(min=2.0**-24).half()
     rows = torch.full((len(w),), 4 * (role == "table"), dtype=torch.int8, device=w.device)  # a quarter of the step
-    return Grid(scale, rows, torch.zeros_like(w[0], dtype=torch.int8), code_limit(role, c))
+    return Grid(scale, rows, torch.zeros_like(w[0], dtype=torch.int8), rows, code_limit(role, c))
 
 
 def hessian_grid(w: Tensor, role: str, info: HessianInfo, log2_step: float, c: Config) -> Grid:
@@ -1443,10 +1444,9 @@ def hessian_grid(w: Tensor, role: str, info: HessianInfo, log2_step: float, c: C
     scale, qmax = (2 * w.square().mean().sqrt()).clamp(min=2.0**-24).half().view(1), code_limit(role, c)
     log2_columns = info.columns.clamp(min=1e-30).log2()
     rows = info.rows.log2() + log2_columns.mean() + 2 * scale.float().log2() - 2 * log2_step
-    columns = (log2_columns - log2_columns.mean()).round().clamp(-64, 63)
     finest = 2 * (qmax * scale.float() / w.abs().amax(1).clamp(min=2.0**-24)).log2()
-    rows = torch.minimum(rows.round(), finest.floor() - columns.max()).clamp(-64, 63)
-    return Grid(scale, rows.to(torch.int8), columns.to(torch.int8), qmax)
+    rows, columns = (x.round().clamp(-64, 63).to(torch.int8) for x in (rows, log2_columns - log2_columns.mean()))
+    return Grid(scale, rows, columns, finest.floor().clamp(0, Grid.MAX_EXPONENT).to(torch.int8), qmax)
 
 
 GRIDS = {"int6": int6_grid, "hessian": hessian_grid}
@@ -1536,7 +1536,8 @@ def quantize(model: GPT, infos: dict[str, HessianInfo], log2_step: float, c: Con
         w, info = p.detach(), infos[name]
         grid = GRIDS[c.quant](w, p.role, info, log2_step, c)
         codes = grid.nearest(w) if info.hinv_chol is None else gptq(w, grid, info)
-        found[name] = codes.to(torch.int8).cpu(), Grid(grid.scale.cpu(), grid.rows.cpu(), grid.columns.cpu(), grid.qmax)
+        parts = (x.cpu() for x in (grid.scale, grid.rows, grid.columns, grid.caps))
+        found[name] = codes.to(torch.int8).cpu(), Grid(*parts, grid.qmax)
     return found
 
 
@@ -1611,7 +1612,7 @@ def fit_to_size(model: GPT, infos: dict[str, HessianInfo], net: BiasNet, c: Conf
 
 
 # The container: a prefix, a sha256 of all but itself, a JSON header, and the parts one after the other.
-ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 4
+ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 5
 PREFIX = struct.Struct("<5sBI")  # magic, version, header bytes
 # Codes hardly repeat: the cheapest match finder costs no byte and a sixth of preset 9e's time (logs/lzma_filters.txt).
 LZMA = dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=0, pb=0, dict_size=4096, mf=lzma.MF_HC4, nice_len=273, depth=1)
@@ -1636,7 +1637,8 @@ def pack(model: GPT, quantized: Quantized, net: BiasNet, c: Config, tokenizer_sh
     """Return the artifact's bytes."""
     grids = {name: grid for name, (_, grid) in quantized.items()}
     streams = dict(scales=compress(as_float16({name: grid.scale for name, grid in grids.items()})))
-    streams |= {part: compress(as_bytes(getattr(x, part) for x in grids.values())) for part in ("rows", "columns")}
+    for part in ("rows", "columns", "caps"):
+        streams[part] = compress(as_bytes(getattr(grid, part) for grid in grids.values()))
     codes = np.frombuffer(as_bytes(codes for codes, _ in quantized.values()), dtype=np.uint8)
     if c.codec == "lzma":
         streams["codes"] = compress(codes.tobytes())
@@ -1696,9 +1698,9 @@ def unpack(parts: dict[str, bytes], c: Config, device: torch.device) -> tuple[GP
         return [x.view(s) for x, s in zip(numbers.split([math.prod(s) for s in shapes]), shapes, strict=True)]
 
     scales = read(decompress(parts["scales"]), "<f2", [(n if c.quant == "int6" else 1,) for n, _ in shapes])
-    rows = read(decompress(parts["rows"]), "i1", [(n,) for n, _ in shapes])
+    rows, caps = (read(decompress(parts[name]), "i1", [(n,) for n, _ in shapes]) for name in ("rows", "caps"))
     columns = read(decompress(parts["columns"]), "i1", [(n,) for _, n in shapes])
-    grids = [Grid(*x, code_limit(p.role, c)) for *x, p in zip(scales, rows, columns, quantized.values(), strict=True)]
+    grids = list(map(Grid, scales, rows, columns, caps, (code_limit(p.role, c) for p in quantized.values())))
     if c.codec == "lzma":
         codes = decompress(parts["codes"])
     else:
@@ -2092,7 +2094,6 @@ class Maxent(Mixer):
         net_step(self.net, self.adam, parts, len(tokens) - 1, self.dist)
 
 
-@torch.enable_grad()
 def net_step(net: BiasNet, adam: torch.optim.Optimizer, parts: list[tuple[Candidates, Tensor]], n: int, dist: Dist):
     """Take a step on the mean loss of n tokens, of which this rank has (candidates, targets [m]) in parts."""
     adam.zero_grad()
