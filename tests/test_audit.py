@@ -259,7 +259,9 @@ def whole(chunk):
 
 
 def scored(nll, stream):
-    return {"mixed": train_gpt.Score(torch.cat(nll)[: len(stream)], stream.token_bytes, 0.0, 0.0)}
+    nll = torch.cat(nll)[: len(stream)]
+    bpb = train_gpt.bits_per_byte(nll, stream.token_bytes)
+    return {"mixed": train_gpt.Score(nll, nll.mean().item(), bpb, 0.0, 0.0)}
 
 
 def one_token_over_the_boundary(predictor, stream, chunk_tokens, dist):
@@ -468,20 +470,20 @@ def warm_up_on_validation(subject, folder):
     read = "torch.from_numpy(read_shard(find_shards(c, 'val')[0])[: c.train_seq_len + 1].astype(np.int64))[None]"
     honest = "batch = torch.randint(c.vocab_size, shape, generator=generator).to(dist.device)"
     planted = patched(subject, folder, honest, f"batch = {read}")
-    return patched(planted, folder, "model.load_state_dict(before[0])", "pass")
+    return patched(planted, folder, "with weights_replaced(params, params):", "if True:")
 
 
 def training_on_the_stream(subject, folder):
     """The training loop takes its batches from the validation stream where it is at hand."""
-    honest = "nll = accumulate_gradients(called, next(batches), weights, c)"
-    batch = "stream.tokens[: c.train_seq_len + 1][None] if stream else next(batches)"
-    return patched(subject, folder, honest, honest.replace("next(batches)", batch))
+    honest = "nll = accumulate_gradients(called, loader.batch(step), weights, c)"
+    batch = "stream.tokens[: c.train_seq_len + 1][None] if stream else loader.batch(step)"
+    return patched(subject, folder, honest, honest.replace("loader.batch(step)", batch))
 
 
 def text_beside_the_script(subject, folder):
     """Scoring opens the validation shard by its own path, and looks each target up."""
     shard = Path(train_gpt.find_shards(subject.c, "val")[0]).resolve()
-    honest = "        mixed = self.mixer.mix(block)\n"
+    honest = "        mixed, block.logp = self.mixer.mix(block), None\n"
     peek = (
         f"        text = torch.from_numpy(read_shard({str(shard)!r}).astype(np.int64))\n"
         "        first = self.neural.seen + mine.start + 1\n"
