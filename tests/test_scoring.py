@@ -136,7 +136,7 @@ def test_sliding_rows_are_the_plain_forward_over_each_position_s_window(world):
 
 
 def test_a_compiled_model_meets_few_shapes_and_gives_the_same_rows(world):
-    """A batch of windows is filled up to a size that was there before; the windows that are added change no row."""
+    """A batch of windows is filled up to a size that was there before. The rows are those of one window at a time."""
     config, model, _, stream = world
     c, shapes, seen = dataclasses.replace(config, micro_batch_tokens=6 * config.eval_seq_len), set(), []
 
@@ -144,12 +144,14 @@ def test_a_compiled_model_meets_few_shapes_and_gives_the_same_rows(world):
         shapes.add((*tokens.shape, keep))
         return model(tokens, keep=keep)
 
-    plain, padded = (SlidingWindow("sliding", each, c, Dist(), c.eval_stride) for each in (model, called))
+    one_window = dataclasses.replace(config, micro_batch_tokens=8)
+    single = SlidingWindow("sliding", model, one_window, Dist(), c.eval_stride)
+    padded = SlidingWindow("sliding", called, c, Dist(), c.eval_stride)
     for chunk in stream.chunks(96):
-        expected = plain.predict(chunk.inputs, whole(chunk.inputs))["sliding"]
+        expected = single.predict(chunk.inputs, whole(chunk.inputs))["sliding"]
         found = padded.predict(chunk.inputs, whole(chunk.inputs))["sliding"]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-        for predictor in (plain, padded):
+        for predictor in (single, padded):
             predictor.update(chunk.tokens)
         seen.append(set(shapes))
     assert seen[-1] == seen[1] and len(shapes) <= 3  # the last chunk, which is shorter, compiles nothing either
