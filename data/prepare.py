@@ -15,6 +15,7 @@ used ends in one line on stderr, `error: ...`, and exit code 2.
 from __future__ import annotations
 
 import argparse
+import gzip
 import hashlib
 import io
 import itertools
@@ -25,19 +26,26 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import sysconfig
 import unicodedata
+import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing.pool import Pool
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import sentencepiece
+import xz
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -55,7 +63,8 @@ SPLITS = ("train", "val")
 UNITS = ("documents", "tokens", "bytes")  # that the manifest counts
 MAX_SHARD_TOKENS = 100_000_000
 MAX_VOCAB = 1 << 16  # a token is a uint16
-BATCH_BYTES = 1 << 20  # of text handed to a worker process at a time
+BATCH_CHARS = 1 << 20  # of text handed to a worker process at a time
+PART_CHARS = 1 << 20  # of a text file that are encoded at a time
 HEAD_CHARS = 60  # of a document shown in an error
 SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space: a text that holds it decodes to a space
 
@@ -67,30 +76,103 @@ class PrepareError(InputError):
 # --- Documents: files and the standard library as text. ---------------------------------------------------------------
 
 
+class Piece(NamedTuple):
+    """A document or, of a long one, a part that is encoded on its own."""
+
+    text: str
+    begins: bool = True  # a document
+
+
 @dataclass(frozen=True)
 class TextFiles:
     """The documents of some files, in order; can be read again and again. Raises PrepareError while it is read."""
 
     paths: Sequence[Path]
+    label: str  # of the progress bar
 
-    def __iter__(self) -> Iterator[str]:
-        return itertools.chain.from_iterable(map(read_documents, self.paths))
+    def __iter__(self) -> Iterator[Piece]:
+        total = sum(path.stat().st_size for path in self.paths)
+        with progress(desc=self.label, total=total, unit="B", unit_scale=True) as bar:
+            for path in self.paths:
+                before = bar.n
+                with path.open("rb") as file:
+                    for piece in read_pieces(path, file):
+                        yield piece
+                        bar.update(before + file.tell() - bar.n)
 
 
-def read_documents(path: Path) -> Iterator[str]:
-    """Documents of a .txt (one) or .jsonl (one a line), either also as .xz. Raises PrepareError at what is no text."""
-    is_text = path.name.removesuffix(".xz").endswith(".txt")
-    count = 0
+KINDS = [kind + packed for kind in (".txt", ".jsonl") for packed in ("", ".xz", ".gz", ".zst")] + [".parquet"]
+DAMAGE = (xz.XZError, lzma.LZMAError, zlib.error, EOFError, OSError, UnicodeDecodeError, pyarrow.ArrowException)
+
+
+def read_pieces(path: Path, file: BinaryIO) -> Iterator[Piece]:
+    """The documents of one of KINDS: a .txt is one, a .jsonl has one a line. Raises PrepareError at what is no text."""
+    empty = True
     try:
-        with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as stream:
-            for number, line in enumerate([stream.read()] if is_text else stream, 1):
-                if line.strip():
-                    yield line.decode() if is_text else parse_line(line, f"{path}:{number}")
-                    count += 1
-    except (lzma.LZMAError, EOFError, UnicodeDecodeError) as error:
-        raise PrepareError(f"{path}: {error}; allowed is UTF-8 text, whole if it is xz-compressed") from None
-    if not count:
+        if path.suffix == ".parquet":
+            pieces = rows_of_parquet(path, file)
+        elif ".txt" in path.suffixes[-2:]:
+            pieces = parts_of_text(unpacked(path, file))
+        else:
+            lines = ((number, line) for number, line in enumerate(unpacked(path, file), 1) if line.strip())
+            pieces = (Piece(parse_line(line, f"{path}:{number}")) for number, line in lines)
+        for piece in pieces:
+            yield piece
+            empty = False
+    except DAMAGE as error:
+        reason = " ".join(str(error).split())
+        raise PrepareError(f"{path}: {reason}; allowed is UTF-8 text, whole if it is compressed") from None
+    if empty:
         raise PrepareError(f"{path}: no documents; allowed is at least one")
+
+
+class XZStreams(io.RawIOBase):
+    """All streams of an .xz file as one, for io.BufferedReader."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = xz.open(file, "rb")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        data = self.file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def unpacked(path: Path, file: BinaryIO) -> BinaryIO:
+    """The bytes in a file that may be compressed, of all its streams. Garbage behind a stream is an error."""
+    if path.suffix == ".xz":
+        return io.BufferedReader(XZStreams(file), 1 << 20)
+    if path.suffix == ".zst":
+        return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
+    return gzip.open(file) if path.suffix == ".gz" else file
+
+
+def parts_of_text(stream: BinaryIO) -> Iterator[Piece]:
+    """A text in parts of about PART_CHARS, cut before a single space between words, where tokens begin anyway."""
+    reader, rest, begins = io.TextIOWrapper(stream, encoding="utf-8", newline=""), "", True
+    while more := reader.read(PART_CHARS):
+        rest += more
+        if len(rest) >= PART_CHARS and (last := re.match(r".*\S(?= \S)", rest, re.DOTALL)):
+            yield Piece(last[0], begins)
+            rest, begins = rest[last.end() :], False
+    if rest.strip():
+        yield Piece(rest, begins)
+
+
+def rows_of_parquet(path: Path, file: BinaryIO) -> Iterator[Piece]:
+    """The column "text" of a .parquet file. Raises PrepareError if there is none, or no text in a row."""
+    table, row = pyarrow.parquet.ParquetFile(file), 0
+    if "text" not in table.schema_arrow.names:
+        raise PrepareError(
+            f'{path}: its columns are {", ".join(table.schema_arrow.names)}; allowed is one named "text"'
+        )
+    for batch in table.iter_batches(1024, columns=["text"], use_threads=False):
+        for text in batch.column("text").to_pylist():
+            row += 1
+            yield Piece(checked(text, f"{path}, row {row}"))
 
 
 def parse_line(line: bytes, where: str) -> str:
@@ -99,9 +181,13 @@ def parse_line(line: bytes, where: str) -> str:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise PrepareError(f"{where}: not valid JSON ({error})") from None
-    text = record.get("text") if isinstance(record, dict) else None
+    return checked(record.get("text") if isinstance(record, dict) else None, where)
+
+
+def checked(text: Any, where: str) -> str:
+    """The text of a record if it is one. Raises PrepareError, which names `where`."""
     if not isinstance(text, str):
-        raise PrepareError(f'{where}: no text; allowed is an object with a string in its field "text"')
+        raise PrepareError(f'{where}: no text; allowed is a string in the field "text"')
     if not text.strip():
         raise PrepareError(f'{where}: the field "text" is empty; allowed is at least one visible character')
     if not text.isascii() and re.search("[\ud800-\udfff]", text):
@@ -186,14 +272,17 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
     Documents are whole sentences to SentencePiece, so that line breaks can become part of pieces. Runs of spaces are
     pieces too: indentation would otherwise cost a token a space. Raises PrepareError if the text is too small.
     """
+    # SentencePiece leaves out a sentence that holds U+2585, its own mark, without a word.
+    sentences = [part for text in documents for part in text.split("\u2585") if part]
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(documents),
+            sentence_iterator=iter(sentences),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
             character_coverage=0.999,
+            required_chars=SPACE_MARK,  # which a text without spaces lacks
             byte_fallback=True,
             split_digits=True,
             normalization_rule_name="identity",
@@ -208,7 +297,8 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as error:
-        raise PrepareError(f"a tokenizer of {vocab_size} pieces: {str(error).rpartition('] ')[2]}") from None
+        reason = " ".join(str(error).split()).rpartition("] ")[2]
+        raise PrepareError(f"a tokenizer of {vocab_size} pieces: {reason}") from None
     return model.getvalue()
 
 
@@ -235,10 +325,10 @@ def load_tokenizer(model: bytes, where: str | Path = "tokenizer") -> sentencepie
     return processor
 
 
-def first_bytes(documents: Iterable[str], limit_bytes: int) -> Iterator[str]:
-    """The documents that start in the first `limit_bytes` of the text."""
+def first_bytes(pieces: Iterable[Piece], limit_bytes: int) -> Iterator[str]:
+    """The pieces that start in the first `limit_bytes` of the text."""
     start_bytes = 0
-    for text in documents:
+    for text, _ in pieces:
         if start_bytes >= limit_bytes:
             return
         yield text
@@ -248,52 +338,79 @@ def first_bytes(documents: Iterable[str], limit_bytes: int) -> Iterator[str]:
 # --- Encoding, on all cores, in order ---------------------------------------------------------------------------------
 
 
-class Batch(NamedTuple):
-    """Some encoded documents."""
+class Encoded(NamedTuple):
+    """An encoded piece."""
 
-    tokens: np.ndarray  # [n] uint16, a BOS before each document
-    text_bytes: int  # UTF-8 bytes of the documents as the tokenizer decodes them
-    digests: list[bytes]  # text_digest of each document
-    heads: list[str]  # the first characters of each document
+    tokens: np.ndarray  # [n] uint16, a BOS first if a document begins
+    text_bytes: int  # UTF-8 bytes of the text as the tokenizer decodes it
+    head: str  # its first characters
+    digest: bytes | None  # of what the tokenizer leaves of a document; a long one is known by its first part
 
 
 worker = SimpleNamespace(tokenizer=None, lossless=False)  # what a worker process needs besides its batch
 
 
 def start_worker(model: bytes, lossless: bool) -> None:
-    """Load the tokenizer once in each worker process."""
+    """Load the tokenizer once in each worker process, and leave Ctrl-C to the main one."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     worker.tokenizer, worker.lossless = load_tokenizer(model), lossless
 
 
-def encode_batch(texts: list[str]) -> Batch:
-    """Encode documents. Raises PrepareError if the tokenizer should be lossless and is not."""
-    tokens: list[int] = []
-    text_bytes = 0
-    for text in texts:
+def encode_batch(pieces: list[Piece]) -> list[Encoded]:
+    """Encode some pieces. Raises PrepareError if the tokenizer should be lossless and is not."""
+    found = []
+    for text, begins in pieces:
         ids = worker.tokenizer.encode(text)
         decoded = worker.tokenizer.decode(ids)
+        if not begins and decoded[:1] != " ":  # a decoder may drop the space before the first word
+            decoded = " " + decoded
         if worker.lossless and decoded != text:
             raise PrepareError(
                 f"document {text[:HEAD_CHARS]!r}: the tokenizer does not decode it to the same text; "
                 f"allowed are documents without U+2581, which SentencePiece takes for a space"
             )
-        tokens += [worker.tokenizer.bos_id(), *ids]
-        text_bytes += byte_count(decoded)
-    heads = [text[:HEAD_CHARS] for text in texts]
-    return Batch(np.array(tokens, dtype="<u2"), text_bytes, list(map(text_digest, texts)), heads)
+        tokens = np.array([worker.tokenizer.bos_id()] * begins + ids, dtype="<u2")
+        digest = text_digest(decoded) if begins else None
+        found.append(Encoded(tokens, byte_count(decoded), text[:HEAD_CHARS], digest))
+    return found
 
 
-def in_batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Lists of consecutive documents, each list just over BATCH_BYTES of text."""
-    batch, batch_bytes = [], 0
-    for text in documents:
-        batch.append(text)
-        batch_bytes += len(text)
-        if batch_bytes >= BATCH_BYTES:
+def in_batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Lists of consecutive pieces, each list just over BATCH_CHARS of text."""
+    batch, batch_chars = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        batch_chars += len(piece.text)
+        if batch_chars >= BATCH_CHARS:
             yield batch
-            batch, batch_bytes = [], 0
+            batch, batch_chars = [], 0
     if batch:
         yield batch
+
+
+@contextmanager
+def worker_pool(model: bytes, lossless: bool) -> Iterator[ProcessPoolExecutor]:
+    """A process a core that encodes. Raises PrepareError if one of them dies."""
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(os.cpu_count(), context, start_worker, (model, lossless))
+    try:
+        yield pool
+    except BrokenProcessPool:
+        raise PrepareError("a process that encodes was killed, perhaps for want of memory") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def encoded(pool: ProcessPoolExecutor, pieces: Iterable[Piece]) -> Iterator[list[Encoded]]:
+    """Encoded batches in the order of the pieces. A few of them wait for the slowest."""
+    waiting: deque = deque()
+    for batch in in_batches(pieces):
+        waiting.append(pool.submit(encode_batch, batch))
+        if len(waiting) > 2 * os.cpu_count():
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def progress(items: Iterable | None = None, **options: Any) -> tqdm:
@@ -314,24 +431,29 @@ class SplitWriter:
     tokens: int = 0
     bytes: int = 0
 
-    def write(self, batch: Batch) -> None:
+    def write(self, batch: list[Encoded]) -> None:
         """Append a batch to the split."""
-        rest = batch.tokens
+        rest = np.concatenate([np.empty(0, dtype="<u2"), *(piece.tokens for piece in batch)])
         while len(rest):
             shard, used_tokens = divmod(self.tokens, self.shard_tokens)
             part, rest = np.split(rest, [self.shard_tokens - used_tokens])
             append_to_shard(Path(f"{self.prefix}_{shard:06d}.bin"), used_tokens, part)
             self.tokens += len(part)
-        self.documents += len(batch.digests)
-        self.bytes += batch.text_bytes
+        self.documents += sum(piece.digest is not None for piece in batch)
+        self.bytes += sum(piece.text_bytes for piece in batch)
+
+
+def shard_header(n_tokens: int) -> bytes:
+    """The head of a shard."""
+    header = np.zeros(SHARD_HEADER_INTS, dtype="<i4")
+    header[:3] = SHARD_MAGIC, SHARD_VERSION, n_tokens
+    return header.tobytes()
 
 
 def append_to_shard(path: Path, used_tokens: int, tokens: np.ndarray) -> None:
     """Append uint16 tokens [n] to the shard of `used_tokens` tokens, which is a whole shard again afterwards."""
-    header = np.zeros(SHARD_HEADER_INTS, dtype="<i4")
-    header[:3] = SHARD_MAGIC, SHARD_VERSION, used_tokens + len(tokens)
     with path.open("r+b" if used_tokens else "xb") as file:
-        file.write(header.tobytes())
+        file.write(shard_header(used_tokens + len(tokens)))
         file.seek(0, os.SEEK_END)
         file.write(tokens.tobytes())
 
@@ -368,44 +490,55 @@ def write_manifest(folder: Path, name: str, model: bytes, counts: dict[str, int]
     write_atomically(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
     for split in SPLITS:
         print(f"{split}: {counts[f'{split}_tokens']:,} tokens of {counts[f'{split}_documents']:,} documents")
+    for state in ("shared", "dropped"):
+        if n := counts[f"{state}_documents"]:
+            print(f"{n:,} training documents are also in validation: {state}")
 
 
 @dataclass(frozen=True)
 class Corpus:
     """Text to be made a data set. `lossless` says that the tokenizer must decode every document to itself."""
 
-    train: Iterable[str]
-    val: Iterable[str]
+    train: Iterable[Piece]
+    val: Iterable[Piece]
     sources: list[str]
     lossless: bool
+    drop_shared: bool = False  # training documents that are also in validation; otherwise they are an error
 
 
 def write_dataset(folder: Path, name: str, corpus: Corpus, model: bytes, shard_tokens: int) -> None:
-    """Write a data set into an empty folder. Raises PrepareError if a training document is also in validation."""
+    """Write a data set into an empty folder. Raises PrepareError if the splits share a document, or one holds none."""
     held_out: set[bytes] = set()
-    overlap: list[str] = []
+    shared: list[str] = []
     writers = {split: SplitWriter(str(folder / f"{name}_{split}"), shard_tokens) for split in SPLITS}
-    with multiprocessing.get_context("fork").Pool(os.cpu_count(), start_worker, (model, corpus.lossless)) as pool:
-        for batch in encoded(pool, corpus.val, "val"):
+    with worker_pool(model, corpus.lossless) as pool:
+        for batch in encoded(pool, corpus.val):
             writers["val"].write(batch)
-            held_out.update(batch.digests)
-        for batch in encoded(pool, corpus.train, "train"):
+            held_out.update(piece.digest for piece in batch if piece.digest)
+        for batch in without_shared(encoded(pool, corpus.train), held_out, shared):
             writers["train"].write(batch)
-            overlap += [head for digest, head in zip(batch.digests, batch.heads, strict=True) if digest in held_out]
-    if overlap:
-        raise PrepareError(
-            f"{len(overlap)} training documents are also in validation, the first is {overlap[0]!r}; allowed are none"
-        )
+    if shared and not corpus.drop_shared:
+        found = f"{len(shared)} training documents are also in validation, the first is {shared[0]!r}"
+        raise PrepareError(f"{found}; allowed are none: --drop-shared leaves them out")
     counts = {f"{split}_{unit}": getattr(writers[split], unit) for unit in UNITS for split in SPLITS}
+    counts |= dict(shared_documents=0, dropped_documents=len(shared))
+    for split in SPLITS:
+        if not writers[split].bytes:
+            raise PrepareError(f"the tokenizer leaves no byte of the {split} text; allowed is one or more")
     write_manifest(folder, name, model, counts, corpus.sources)
 
 
-def encoded(pool: Pool, documents: Iterable[str], split: str) -> Iterator[Batch]:
-    """Batches of encoded documents in the order of the documents, under a progress bar of text bytes."""
-    with progress(desc=split, unit="B", unit_scale=True) as bar:
-        for batch in pool.imap(encode_batch, in_batches(documents)):
-            yield batch
-            bar.update(batch.text_bytes)
+def without_shared(batches: Iterable[list[Encoded]], held_out: set[bytes], heads: list[str]) -> Iterator[list[Encoded]]:
+    """The batches without documents that are held out. The heads of these are appended to `heads`."""
+    dropping = False  # until the next document begins
+    for batch in batches:
+        kept = []
+        for piece in batch:
+            if piece.digest:
+                dropping = piece.digest in held_out
+                heads += [piece.head] * dropping
+            kept += [piece] * (not dropping)
+        yield kept
 
 
 def make_sample(args: argparse.Namespace) -> None:
@@ -415,7 +548,10 @@ def make_sample(args: argparse.Namespace) -> None:
         train, val = sample_documents(args.max_bytes)
         print(f"training a tokenizer of {args.vocab_size} pieces on {len(train)} documents")
         model = train_tokenizer(train, args.vocab_size)
-        corpus = Corpus(train, val, [f"standard library of Python {platform.python_version()}"], lossless=True)
+        source = f"standard library of Python {platform.python_version()}"
+        splits = ((train, "train"), (val, "val"))
+        train, val = (progress(list(map(Piece, texts)), desc=label) for texts, label in splits)
+        corpus = Corpus(train, val, [source], lossless=True)
         write_dataset(folder, out.name, corpus, model, MAX_SHARD_TOKENS)
 
 
@@ -423,15 +559,15 @@ def make_text(args: argparse.Namespace) -> None:
     """The `text` command."""
     out = args.out.resolve()
     with new_folder(out) as folder:
-        train = TextFiles(args.train)
+        train = TextFiles(args.train, "train")
         if args.tokenizer:
             model = args.tokenizer.read_bytes()
-            load_tokenizer(model, args.tokenizer)  # here, as a worker that fails to start is started again for ever
+            load_tokenizer(model, args.tokenizer)
         else:
             print(f"training a tokenizer of {args.train_tokenizer} pieces")
             model = train_tokenizer(first_bytes(train, args.tokenizer_bytes), args.train_tokenizer)
         names = [path.name for path in (*args.train, *args.val)]
-        corpus = Corpus(train, TextFiles(args.val), names, lossless=not args.tokenizer)
+        corpus = Corpus(train, TextFiles(args.val, "val"), names, not args.tokenizer, args.drop_shared)
         write_dataset(folder, out.name, corpus, model, args.shard_tokens)
 
 
@@ -449,12 +585,13 @@ class Hub:
             import huggingface_hub
         except ImportError:
             raise PrepareError("huggingface_hub is not installed; pip install huggingface_hub") from None
-        self.library, self.repo, self.staging = huggingface_hub, repo, staging
+        self.library, self.repo, self.staging, self.revision = huggingface_hub, repo, staging, None
+        self.revision = self.ask(huggingface_hub.HfApi().repo_info).sha  # the same for all files
 
     def ask(self, function: Callable, *args: Any, **options: Any) -> Any:
         """Call the library. Its exceptions differ from version to version, so any of them becomes a PrepareError."""
         try:
-            return function(self.repo, *args, repo_type="dataset", **options)
+            return function(self.repo, *args, repo_type="dataset", revision=self.revision, **options)
         except Exception as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise PrepareError(f"Hugging Face data set {self.repo}: {reason}") from error
@@ -474,7 +611,7 @@ class Hub:
                 local.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, local)
                 return
-        raise PrepareError(f"{remote}: downloaded twice, and size or sha256 still differ from those of {self.repo}")
+        raise PrepareError(f"{remote}: downloaded twice, and size or hash still differ from those of {self.repo}")
 
     def fetch_all(self, files: dict[str, Path]) -> None:
         """Bring remote files to their local paths. Raises PrepareError if one is missing there or not as published."""
@@ -486,11 +623,12 @@ class Hub:
 
 
 def is_intact(path: Path, published: Any) -> bool:
-    """Whether the file has the published size and sha256; small files that the Hub keeps in git have no sha256."""
+    """Whether the file has the published size and hash: sha256, or git's own for small files."""
     if not path.is_file() or path.stat().st_size != published.size:
         return False
     if not published.lfs:
-        return True
+        content = path.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == published.blob_id
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest() == published.lfs.sha256
 
@@ -516,21 +654,26 @@ def count_shards(folder: Path, bos_id: int) -> dict[str, int]:
     return documents | {f"{s}_tokens": sum(map(len, shards[s])) for s in SPLITS}
 
 
-def document_digests(folder: Path, split: str, bos_id: int) -> Iterator[bytes]:
-    """A digest of the tokens of each document that lies whole in one of the split's shards."""
-    for path in sorted(folder.glob(f"fineweb_{split}_*.bin")):
+def document_digests(tokens: np.ndarray, bos_id: int) -> Iterator[tuple[slice, bytes]]:
+    """Where each document that begins in a shard stands there, and a digest of its tokens as far as the shard goes."""
+    starts = np.flatnonzero(tokens == bos_id).tolist()
+    for start, stop in itertools.pairwise([*starts, len(tokens)]):
+        yield slice(start, stop), hashlib.blake2b(tokens[start:stop].tobytes(), digest_size=16).digest()
+
+
+def share_documents(folder: Path, bos_id: int, drop: bool) -> dict[str, int]:
+    """Count the training documents that are also in validation, for the manifest, and leave them out if asked to."""
+    val, train = ([path for path in sorted(folder.glob(f"fineweb_{split}_*.bin"))] for split in ("val", "train"))
+    held_out = {digest for path in val for _, digest in document_digests(read_shard(path), bos_id)}
+    n_shared = 0
+    for path in progress(train, desc="shared documents", unit="shard"):
         tokens = read_shard(path)
-        starts = np.flatnonzero(tokens == bos_id)
-        for start, stop in itertools.pairwise(starts.tolist()):
-            yield hashlib.blake2b(tokens[start:stop].tobytes(), digest_size=16).digest()
-
-
-def check_disjoint(folder: Path, bos_id: int) -> None:
-    """Raise PrepareError if a training document of a published export is also in its validation split."""
-    held_out = set(document_digests(folder, "val", bos_id))
-    shared = sum(digest in held_out for digest in document_digests(folder, "train", bos_id))
-    if shared:
-        raise PrepareError(f"{folder}: {shared} training documents are also in validation; allowed are none")
+        shared = [place for place, digest in document_digests(tokens, bos_id) if digest in held_out]
+        n_shared += len(shared)
+        if shared and drop:
+            kept = np.delete(tokens, np.concatenate([np.arange(place.start, place.stop) for place in shared]))
+            write_atomically(path, shard_header(len(kept)) + kept.tobytes())
+    return dict(shared_documents=0 if drop else n_shared, dropped_documents=n_shared if drop else 0)
 
 
 def make_fineweb(args: argparse.Namespace) -> None:
@@ -553,8 +696,8 @@ def make_fineweb(args: argparse.Namespace) -> None:
     shutil.rmtree(hub.staging, ignore_errors=True)
     model = local_model.read_bytes()
     bos_id = load_tokenizer(model, local_model).bos_id()
-    check_disjoint(folder, bos_id)
-    write_manifest(folder, name, model, count_shards(folder, bos_id), [repo])
+    shared = share_documents(folder, bos_id, args.drop_shared)
+    write_manifest(folder, name, model, count_shards(folder, bos_id) | shared, [f"{repo}@{hub.revision}"])
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------
@@ -595,7 +738,8 @@ def build_parser() -> Parser:
     """The command line."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    vocab, text = number(300, MAX_VOCAB), file_path(".txt", ".jsonl", ".txt.xz", ".jsonl.xz")
+    vocab, text = number(300, MAX_VOCAB), file_path(*KINDS)
+    dropping = dict(action="store_true", help="leave out the training documents that are also in validation")
 
     sample = commands.add_parser("sample", help="a data set from the Python standard library")
     sample.set_defaults(run=make_sample)
@@ -603,7 +747,7 @@ def build_parser() -> Parser:
     sample.add_argument("--vocab-size", type=vocab, default=1024, help="pieces of the tokenizer [%(default)s]")
     sample.add_argument("--max-bytes", type=number(300_000), default=8_000_000, help="of text [%(default)s]")
 
-    files = commands.add_parser("text", help="a data set from .txt and .jsonl files, also .xz-compressed")
+    files = commands.add_parser("text", help="a data set from .txt, .jsonl (also .xz, .gz, .zst) and .parquet files")
     files.set_defaults(run=make_text)
     files.add_argument("--train", type=text, nargs="+", required=True, metavar="FILE", help="training documents")
     files.add_argument("--val", type=text, nargs="+", required=True, metavar="FILE", help="validation documents")
@@ -612,6 +756,7 @@ def build_parser() -> Parser:
     tokenizer.add_argument("--train-tokenizer", type=vocab, metavar="VOCAB", help="or train one of this many pieces")
     files.add_argument("--tokenizer-bytes", type=number(1), default=20_000_000, metavar="N",
                        help="of training text that the new tokenizer is trained on [%(default)s]")  # fmt: skip
+    files.add_argument("--drop-shared", **dropping)
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
     files.add_argument("--shard-tokens", type=number(1, MAX_SHARD_TOKENS), default=MAX_SHARD_TOKENS, metavar="N",
                        help="tokens of a full shard [%(default)s]")  # fmt: skip
@@ -622,20 +767,25 @@ def build_parser() -> Parser:
     fineweb.set_defaults(run=make_fineweb)
     fineweb.add_argument("--variant", default="sp1024", help="tokenizer of the export, e.g. sp8192 [%(default)s]")
     fineweb.add_argument("--train-shards", type=number(1), default=80, help="of 200 MB each [%(default)s]")
+    fineweb.add_argument("--drop-shared", **dropping)
     fineweb.add_argument("--root", type=Path, default=Path("data"), help="folder of datasets/ and tokenizers/ [data]")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; 0, or 2 after one line on stderr."""
+    """Run a command; 0, or 2 after one line on stderr, or 130 if a signal ended it."""
     try:
         args = build_parser().parse_args(argv)
         args.run(args)
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

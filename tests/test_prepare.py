@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import lzma
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import sentencepiece
 
@@ -142,6 +148,8 @@ def test_manifest_tells_what_is_there(corpus):
         "val_tokens": len(tokens_of(corpus.out, "val")),
         "train_bytes": sum(len(text.encode()) for text in corpus.documents),
         "val_bytes": sum(len(text.encode()) for text in VAL_DOCUMENTS),
+        "shared_documents": 0,
+        "dropped_documents": 0,
         "sources": ["train.jsonl", "val.jsonl"],
     }
 
@@ -158,8 +166,63 @@ def test_all_kinds_of_file_in_the_order_given(corpus, model, tmp_path):
     assert documents_of(corpus.out, "train") == corpus.documents
 
 
+XZ = lzma.compress
+PACKERS = {
+    ".jsonl.xz": XZ,
+    ".jsonl.gz": gzip.compress,
+    ".jsonl.zst": lambda data: pyarrow.compress(data, "zstd", asbytes=True),
+}
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_all_streams_of_a_compressed_file_are_read(corpus, model, tmp_path, suffix):
+    lines = jsonl(tmp_path / "plain.jsonl", corpus.documents).read_bytes().splitlines(keepends=True)
+    packed = tmp_path / f"two{suffix}"
+    packed.write_bytes(b"".join(PACKERS[suffix](b"".join(part)) for part in (lines[:9], lines[9:])))
+    assert run_text(packed, corpus.val, corpus.out, "--tokenizer", model) == 0
+    assert documents_of(corpus.out, "train") == corpus.documents
+
+
+def test_padding_between_xz_streams_is_skipped(corpus, model, tmp_path):
+    lines = jsonl(tmp_path / "plain.jsonl", corpus.documents).read_bytes().splitlines(keepends=True)
+    packed = tmp_path / "padded.jsonl.xz"
+    packed.write_bytes(XZ(b"".join(lines[:9])) + bytes(8) + XZ(b"".join(lines[9:])) + bytes(4))
+    assert run_text(packed, corpus.val, corpus.out, "--tokenizer", model) == 0
+    assert documents_of(corpus.out, "train") == corpus.documents
+
+
+def parquet(path: Path, **columns: list) -> Path:
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=7)
+    return path
+
+
+def test_the_text_column_of_parquet_is_read(corpus, model, tmp_path):
+    train = parquet(tmp_path / "train.parquet", id=list(range(len(corpus.documents))), text=corpus.documents)
+    assert run_text(train, corpus.val, corpus.out, "--tokenizer", model) == 0
+    assert documents_of(corpus.out, "train") == corpus.documents
+
+
+@pytest.mark.parametrize("lossy", [False, True])
+def test_a_long_text_file_is_one_document_whose_parts_do_not_show(corpus, tmp_path, monkeypatch, lossy):
+    text = "\n".join(corpus.documents)
+    whole, parts = tmp_path / "whole" / "made", tmp_path / "parts" / "made"
+    train = tmp_path / "train.txt"
+    train.write_bytes(text.encode())
+    if lossy:
+        given = ("--tokenizer", sentencepiece_model(tmp_path / "lossy.model", byte_fallback=True))
+    else:
+        given = ("--tokenizer", tmp_path / "made.model")
+        given[1].write_bytes(prepare.train_tokenizer(corpus.documents, VOCAB))
+    assert run_text(train, corpus.val, whole, *given) == 0
+    monkeypatch.setattr(prepare, "PART_CHARS", 500)
+    monkeypatch.setattr(prepare, "BATCH_CHARS", 700)
+    assert len(list(prepare.TextFiles([train], ""))) > 20
+    assert run_text(train, corpus.val, parts, *given) == 0
+    assert files_of(whole) == files_of(parts)
+
+
 def test_order_holds_over_many_batches_and_shards(corpus, model, monkeypatch):
-    monkeypatch.setattr(prepare, "BATCH_BYTES", 700)
+    monkeypatch.setattr(prepare, "BATCH_CHARS", 700)
     assert run_text(corpus.train, corpus.val, corpus.out, "--tokenizer", model, "--shard-tokens", 1000) == 0
     shards = sorted(corpus.out.glob("made_train_*.bin"))
     lengths = [len(read_shard(path)) for path in shards]
@@ -185,7 +248,7 @@ def test_bytes_are_those_that_a_lossy_tokenizer_decodes(corpus, tmp_path):
 
 def test_tokenizer_bytes_limit_its_training_text(corpus):
     assert run_text(corpus.train, corpus.val, corpus.out, "--train-tokenizer", 350, "--tokenizer-bytes", 9000) == 0
-    used = list(prepare.first_bytes(corpus.documents, 9000))
+    used = list(prepare.first_bytes(map(prepare.Piece, corpus.documents), 9000))
     assert 9000 <= sum(len(text.encode()) for text in used) < 10000
     assert (corpus.out / "tokenizer.model").read_bytes() == prepare.train_tokenizer(used, 350)
 
@@ -199,6 +262,43 @@ def test_overlap_is_refused_and_nothing_written(corpus, model, capsys):
     code = run_text(corpus.train, corpus.val, corpus.out, "--tokenizer", model)
     assert_refused(capsys, code, "2 training documents", repr(copies[0][:60]))
     assert not corpus.out.exists() and not list(corpus.out.parent.iterdir())
+
+
+def test_shared_documents_are_dropped_where_that_is_asked_for(corpus, model, monkeypatch):
+    monkeypatch.setattr(prepare, "BATCH_CHARS", 700)
+    documents = [corpus.documents[0], VAL_DOCUMENTS[1], *corpus.documents[1:], VAL_DOCUMENTS[0]]
+    jsonl(corpus.train, documents)
+    assert run_text(corpus.train, corpus.val, corpus.out, "--tokenizer", model, "--drop-shared") == 0
+    assert documents_of(corpus.out, "train") == corpus.documents
+    manifest = json.loads((corpus.out / "manifest.json").read_text())
+    assert (manifest["train_documents"], manifest["dropped_documents"]) == (len(corpus.documents), 2)
+
+
+def test_a_long_shared_document_is_dropped_with_all_its_parts(corpus, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "PART_CHARS", 200)
+    monkeypatch.setattr(prepare, "BATCH_CHARS", 300)
+    long, other = tmp_path / "long.txt", tmp_path / "other.txt"
+    long.write_text(" ".join(plain_documents(9)))
+    other.write_text(" ".join(reversed(plain_documents(9))))
+    files = ["--train", str(other), str(long), str(corpus.train), "--val", str(long)]
+    arguments = ["--tokenizer", str(model), "--out", str(corpus.out), "--drop-shared"]
+    assert prepare.main(["text", *files, *arguments]) == 0
+    assert documents_of(corpus.out, "train") == [other.read_text(), *corpus.documents]
+
+
+def test_documents_are_compared_as_the_tokenizer_leaves_them(corpus, tmp_path, capsys):
+    lossy = sentencepiece_model(tmp_path / "lossy.model", byte_fallback=True)  # drops U+200B, as the published one
+    jsonl(corpus.train, [*corpus.documents, "The same\u200b little text for both sides."])
+    jsonl(corpus.val, ["The same little text for both sides."])
+    code = run_text(corpus.train, corpus.val, corpus.out, "--tokenizer", lossy)
+    assert_refused(capsys, code, "1 training documents are also in validation")
+
+
+def test_a_text_of_which_the_tokenizer_leaves_nothing_is_refused(corpus, tmp_path, capsys):
+    lossy = sentencepiece_model(tmp_path / "lossy.model", byte_fallback=True)
+    jsonl(corpus.val, ["\u200b"] * 99)
+    code = run_text(corpus.train, corpus.val, corpus.out, "--tokenizer", lossy)
+    assert_refused(capsys, code, "no byte of the val text")
 
 
 def test_a_full_folder_is_left_alone(corpus, model, capsys):
@@ -218,10 +318,35 @@ BAD_FILES = {
     "nothing": ("bad.jsonl", b"", ["bad.jsonl", "no documents"]),
     "empty text": ("bad.txt", b" \n", ["bad.txt", "no documents"]),
     "latin-1": ("bad.txt", b"caf\xe9", ["bad.txt", "UTF-8"]),
+    "garbage behind xz": ("bad.jsonl.xz", XZ(b'{"text": "x"}\n') + b"garbage", ["bad.jsonl.xz", "invalid size"]),
+    "damage behind xz": (
+        "bad.jsonl.xz",
+        XZ(b'{"text": "x"}\n') + XZ(b'{"text": "y"}\n').replace(b"7zXZ", b"7zxz", 1),
+        ["bad.jsonl.xz", "header magic"],
+    ),
+    "garbage behind gz": ("bad.jsonl.gz", gzip.compress(b'{"text": "x"}\n') + b"xx", ["bad.jsonl.gz", "gzipped"]),
+    "cut gz": ("bad.jsonl.gz", gzip.compress(b'{"text": "x"}\n')[:-5], ["bad.jsonl.gz", "ended before"]),
+    "garbage behind zst": ("bad.txt.zst", PACKERS[".jsonl.zst"](b"x") + b"xxxx", ["bad.txt.zst", "Unknown frame"]),
+    "cut zst": ("bad.txt.zst", PACKERS[".jsonl.zst"](b"x" * 9999)[:-3], ["bad.txt.zst", "Truncated"]),
+    "no parquet": ("bad.parquet", b"plain text", ["bad.parquet", "Parquet"]),
     "cut xz": ("bad.jsonl.xz", lzma.compress(b'{"text": "x"}\n' * 999)[:-20], ["bad.jsonl.xz", "xz"]),
     "no xz": ("bad.txt.xz", b"plain", ["bad.txt.xz", "xz"]),
     "suffix": ("bad.csv", b"x", ["--train", "bad.csv", ".jsonl.xz"]),
 }
+
+
+def test_parquet_without_text_is_one_line(corpus, model, tmp_path, capsys):
+    bad = parquet(tmp_path / "bad.parquet", body=["x"])
+    assert_refused(capsys, run_text(bad, corpus.val, corpus.out, "--tokenizer", model), "bad.parquet", "body", "text")
+    bad = parquet(tmp_path / "null.parquet", text=["x", None])
+    assert_refused(capsys, run_text(bad, corpus.val, corpus.out, "--tokenizer", model), "null.parquet, row 2", "text")
+
+
+@pytest.mark.parametrize("name, content, parts", BAD_FILES.values(), ids=BAD_FILES)
+def test_a_new_tokenizer_gives_the_same_line_for_bad_text(corpus, tmp_path, capsys, name, content, parts):
+    bad = tmp_path / name
+    bad.write_bytes(content)
+    assert_refused(capsys, run_text(bad, corpus.val, corpus.out, "--train-tokenizer", VOCAB), *parts)
 
 
 @pytest.mark.parametrize("name, content, parts", BAD_FILES.values(), ids=BAD_FILES)
@@ -264,6 +389,44 @@ def test_bad_options_are_one_line(corpus, model, tmp_path, capsys):
     assert_refused(capsys, prepare.main(["sample", "--max-bytes", "1000"]), "--max-bytes", "1000", "300000")
 
 
+def test_a_text_without_spaces_trains_a_tokenizer(corpus, tmp_path):
+    letters, rng = list("漢字仮名交じり文の例です日本語東西南北"), np.random.default_rng(0)
+    documents = ["".join(rng.choice(letters, 90)) for _ in range(40)]
+    jsonl(corpus.train, documents)
+    assert run_text(corpus.train, corpus.val, corpus.out, "--train-tokenizer", 300) == 0
+    assert documents_of(corpus.out, "train") == documents
+
+
+def test_documents_with_sentencepieces_own_mark_train_the_tokenizer_too(corpus):
+    documents = [f"load of host {i}: ▃▅▇ and {words}" for i, words in enumerate(plain_documents(80))]
+    jsonl(corpus.train, documents)
+    assert run_text(corpus.train, corpus.val, corpus.out, "--train-tokenizer", VOCAB) == 0
+    assert documents_of(corpus.out, "train") == documents
+    assert len(processor(corpus.out).encode("quick brown fox")) < 9  # learned from them: there is nothing else
+
+
+def test_a_worker_that_dies_is_noticed(corpus, model, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "text_digest", lambda text: os.kill(os.getpid(), signal.SIGKILL))
+    code = run_text(corpus.train, corpus.val, corpus.out, "--tokenizer", model)
+    assert_refused(capsys, code, "was killed")
+    assert not list(corpus.out.parent.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_one_line_and_nothing_else(corpus, model, number):
+    jsonl(corpus.train, plain_documents(80) * 2000)
+    command = [sys.executable, SCRIPT, "text", "--train", corpus.train, "--val", corpus.val]
+    process = subprocess.Popen([*command, "--tokenizer", model, "--out", corpus.out], stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(corpus.out.parent.glob(".made.*/made_train_*.bin")):
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in said
+    assert said.strip().splitlines()[-1] == "error: interrupted"
+    assert not list(corpus.out.parent.iterdir())
+
+
 @pytest.mark.slow
 def test_the_command_itself_ends_with_one_line_and_code_2(corpus, model):
     command = [sys.executable, SCRIPT, "text", "--train", corpus.val, "--val", corpus.val]
@@ -297,8 +460,8 @@ class FakeHub:
     def __init__(self, files: dict[str, bytes]):
         self.files, self.corrupt, self.downloads = files, dict[str, int](), list[str]()
 
-    def hf_hub_download(self, repo_id, filename, *, repo_type, local_dir, force_download):
-        assert (repo_id, repo_type) == ("willdepueoai/parameter-golf", "dataset")
+    def hf_hub_download(self, repo_id, filename, *, repo_type, revision, local_dir, force_download):
+        assert (repo_id, repo_type, revision) == ("willdepueoai/parameter-golf", "dataset", REVISION)
         path = Path(local_dir) / filename
         if path.is_file() and not force_download:
             return str(path)
@@ -312,14 +475,21 @@ class FakeHub:
         return str(path)
 
     def HfApi(self):  # noqa: N802
-        return SimpleNamespace(get_paths_info=self.get_paths_info)
+        return SimpleNamespace(get_paths_info=self.get_paths_info, repo_info=self.repo_info)
 
-    def get_paths_info(self, repo_id, paths, *, repo_type):
-        known = {path: self.files[path] for path in paths if path in self.files}
-        return [
-            SimpleNamespace(path=path, size=len(data), lfs=SimpleNamespace(sha256=hashlib.sha256(data).hexdigest()))
-            for path, data in known.items()
-        ]
+    def repo_info(self, repo_id, *, repo_type, revision):
+        return SimpleNamespace(sha=REVISION)
+
+    def get_paths_info(self, repo_id, paths, *, repo_type, revision):
+        assert revision == REVISION
+        return [self.info(path, self.files[path]) for path in paths if path in self.files]
+
+    @staticmethod
+    def info(path, data):
+        """Shards lie in LFS, which knows their sha256; small files in git, which knows its own hash."""
+        blob_id = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        lfs = SimpleNamespace(sha256=hashlib.sha256(data).hexdigest()) if path.endswith(".bin") else None
+        return SimpleNamespace(path=path, size=len(data), lfs=lfs, blob_id=blob_id)
 
 
 def shard_bytes(tokens: list[int]) -> bytes:
@@ -328,6 +498,7 @@ def shard_bytes(tokens: list[int]) -> bytes:
     return header.tobytes() + np.array(tokens, dtype="<u2").tobytes()
 
 
+REVISION = "0123abcd" * 5
 SHARD = "datasets/fineweb10B_sp1024/fineweb_{}_00000{}.bin"
 
 
@@ -354,8 +525,8 @@ def hub(model, monkeypatch) -> FakeHub:
     return fake
 
 
-def run_fineweb(root: Path, train_shards: int) -> int:
-    return prepare.main(["fineweb", "--train-shards", str(train_shards), "--root", str(root)])
+def run_fineweb(root: Path, train_shards: int, *options: str) -> int:
+    return prepare.main(["fineweb", "--train-shards", str(train_shards), "--root", str(root), *options])
 
 
 def test_fineweb_fresh(hub, model, tmp_path):
@@ -372,16 +543,24 @@ def test_fineweb_fresh(hub, model, tmp_path):
         "val_documents": 1,
         "train_tokens": 9,
         "val_tokens": 3,
-        "sources": ["willdepueoai/parameter-golf"],
+        "shared_documents": 0,
+        "dropped_documents": 0,
+        "sources": [f"willdepueoai/parameter-golf@{REVISION}"],
     }
     assert sorted(path.name for path in (tmp_path / "datasets").iterdir()) == ["fineweb10B_sp1024"]
 
 
-def test_fineweb_refuses_a_training_document_that_is_also_in_validation(hub, tmp_path, capsys):
+@pytest.mark.parametrize("drop", [False, True])
+def test_fineweb_counts_what_the_published_splits_share_and_drops_it_if_asked(hub, tmp_path, drop):
     hub.files[f"datasets/{SHARD.format('val', 0)}"] = shard_bytes([1, 300, 301, 1, 305])
     hub.files[f"datasets/{SHARD.format('train', 1)}"] = shard_bytes([303, 1, 300, 301, 1, 306])
-    assert_refused(capsys, run_fineweb(tmp_path, 2), "1 training documents are also in validation")
-    assert not (tmp_path / "datasets" / "fineweb10B_sp1024" / "manifest.json").exists()
+    assert run_fineweb(tmp_path, 2, *["--drop-shared"] * drop) == 0
+    folder = tmp_path / "datasets" / "fineweb10B_sp1024"
+    kept = [303, 1, 306] if drop else [303, 1, 300, 301, 1, 306]
+    assert tokens_of(folder, "train").tolist() == [1, 300, 1, 302, *kept]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    counts = manifest["shared_documents"], manifest["dropped_documents"], manifest["train_tokens"]
+    assert counts == (0 if drop else 1, 1 if drop else 0, 4 + len(kept))
 
 
 def test_fineweb_goes_on_where_it_stopped(hub, tmp_path):
@@ -406,8 +585,13 @@ def test_fineweb_downloads_a_damaged_file_again_once(hub, tmp_path, capsys):
     assert run_fineweb(tmp_path / "once", 1) == 0
     assert hub.downloads.count(remote) == 2
     hub.corrupt[f"datasets/{remote}"] = 2
-    assert_refused(capsys, run_fineweb(tmp_path / "twice", 1), remote, "sha256")
+    assert_refused(capsys, run_fineweb(tmp_path / "twice", 1), remote, "hash")
     assert not (tmp_path / "twice" / remote).exists()
+
+
+def test_fineweb_checks_files_that_the_hub_keeps_outside_lfs(hub, tmp_path, capsys):
+    hub.corrupt["datasets/tokenizers/fineweb_1024_bpe.model"] = 2
+    assert_refused(capsys, run_fineweb(tmp_path, 1), "fineweb_1024_bpe.model", "hash")
 
 
 def test_fineweb_says_what_there_is(hub, tmp_path, capsys):
