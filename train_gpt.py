@@ -22,7 +22,6 @@ import copy
 import dataclasses
 import difflib
 import functools
-import glob
 import hashlib
 import io
 import json
@@ -31,6 +30,7 @@ import lzma
 import math
 import os
 import platform
+import re
 import statistics
 import struct
 import sys
@@ -469,7 +469,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 class Clock:
-    """Seconds that count against a budget, by the slowest rank. Validation stops the clock."""
+    """Seconds that count against a budget, by the slowest rank."""
 
     def __init__(self, dist: Dist):
         self.dist, self.started = dist, time.perf_counter()
@@ -480,40 +480,46 @@ class Clock:
             torch.cuda.synchronize()
         return self.dist.max(time.perf_counter() - self.started)
 
-    @contextmanager
-    def stopped(self):
-        before = self.seconds()
-        yield before
-        self.started = time.perf_counter() - before
-
 
 # ==================== Data ============================================================================================
 # Shards of token ids, the bytes that a token stands for, and the order in which training and scoring read them.
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
+SHARD_NAME = re.compile(r".+_(train|val)_(\d+)\.bin")
 
 
 def read_shard(path: str | Path) -> np.ndarray:
     """Return the memory-mapped token ids [n] of a shard: int32 [256] (magic, version, n, zeros), then uint16 [n]."""
-    header = np.fromfile(path, dtype="<i4", count=SHARD_HEADER_INTS)
-    if len(header) < SHARD_HEADER_INTS:
-        raise InputError(f"shard {path}: {4 * len(header)} bytes; allowed is {4 * SHARD_HEADER_INTS} or more")
-    *kind, n_tokens = header[:3].tolist()
-    if kind != [SHARD_MAGIC, SHARD_VERSION]:
-        raise InputError(f"shard {path}: magic and version {kind}; allowed are {[SHARD_MAGIC, SHARD_VERSION]}")
-    size, expected = os.path.getsize(path), 4 * SHARD_HEADER_INTS + 2 * n_tokens
-    if n_tokens <= 0 or size != expected:
-        raise InputError(f"shard {path}: {size} bytes; its header's {n_tokens} tokens take {expected}")
-    return np.memmap(path, dtype="<u2", mode="r", offset=4 * SHARD_HEADER_INTS)
+    size, head = os.path.getsize(path) if os.path.isfile(path) else 0, 4 * SHARD_HEADER_INTS
+    header = np.fromfile(path, dtype="<i4", count=3).tolist() if size > head else []
+    if header != (allowed := [SHARD_MAGIC, SHARD_VERSION, (size - head) // 2]) or size % 2:
+        raise InputError(f"shard {path}: header {header} of {size} bytes; allowed is {allowed} of {head} and 2 a token")
+    return np.memmap(path, dtype="<u2", mode="r", offset=head)
 
 
 def find_shards(c: Config, split: str) -> list[str]:
-    """Return the paths of the `train` or `val` shards in DATA_PATH, in order. Raise InputError if there is none."""
-    pattern = os.path.join(glob.escape(c.data_path), f"*_{split}_*.bin")
-    paths = sorted(glob.glob(pattern))
-    if not paths:
-        raise InputError(f"DATA_PATH={c.data_path}: no shard matches {pattern}; data/prepare.py makes them")
-    return paths
+    """Return the paths of the `train` or `val` shards in DATA_PATH, by number. Raise InputError if one is missing."""
+    names = filter(None, map(SHARD_NAME.fullmatch, os.listdir(c.data_path)))
+    found = sorted((int(name[2]), name[0]) for name in names if name[1] == split)
+    if not found:
+        raise InputError(f"DATA_PATH={c.data_path}: no shard NAME_{split}_NUMBER.bin; data/prepare.py makes them")
+    for i, (number, name) in enumerate(found):
+        if number != i:
+            raise InputError(f"DATA_PATH={c.data_path}: {name} is not number {i} of {split}; allowed is each once")
+    return [os.path.join(c.data_path, name) for _, name in found]
+
+
+def check_manifest(c: Config, **found) -> dict:
+    """Return manifest.json of DATA_PATH, {} where there is none. Raise InputError where it states other values."""
+    path = Path(c.data_path, "manifest.json")
+    try:
+        stated = json.loads(path.read_bytes()) if path.exists() else {}
+        other = [name for name, value in found.items() if stated.get(name, value) != value]
+    except (OSError, ValueError, AttributeError, RecursionError):
+        raise InputError(f"{path}: not a JSON object; data/prepare.py writes one") from None
+    for name in other:
+        raise InputError(f"DATA_PATH={c.data_path}: {name} is {found[name]}; its manifest.json states {stated[name]}")
+    return stated
 
 
 def check_ids(tokens: np.ndarray, c: Config, where: str) -> np.ndarray:
@@ -553,15 +559,9 @@ class Tokenizer:
             raise InputError(f"TOKENIZER_PATH={path} has BOS id {bos}; BOS_ID={c.bos_id} must match")
         if not any(self.sp.is_byte(i) for i in range(size)):
             raise InputError(f"TOKENIZER_PATH={path} has no byte pieces; without them text has no exact byte count")
-        manifest, made_with = Path(c.data_path) / "manifest.json", ""
-        if manifest.is_file():
-            try:
-                made_with = json.loads(manifest.read_text()).get("tokenizer_sha256", "")
-            except (ValueError, AttributeError):
-                raise InputError(f"{manifest}: not a JSON object; data/prepare.py writes one") from None
-        for source, sha256 in ((manifest, made_with), (f"ARTIFACT_PATH={c.artifact_path}", trained_with)):
-            if sha256 not in ("", self.sha256):
-                raise InputError(f"TOKENIZER_PATH={path}: sha256 differs from the one that {source} names")
+        check_manifest(c, tokenizer_sha256=self.sha256)
+        if trained_with not in ("", self.sha256):
+            raise InputError(f"TOKENIZER_PATH={path}: sha256 is not the one that ARTIFACT_PATH={c.artifact_path} names")
 
     def added_bytes(self, token: int, at_start: bool) -> int:
         """Return the number of UTF-8 bytes of a token by the tokenizer's decoder; a byte piece is one byte anywhere."""
@@ -591,6 +591,7 @@ class TrainLoader:
         self.c, self.dist, self.seq_len = c, dist, c.train_seq_len
         self.paths = find_shards(c, "train")
         self.shards = [read_shard(path) for path in self.paths]
+        check_manifest(c, train_tokens=sum(map(len, self.shards)))
         self.ends = np.cumsum([(len(shard) - 1) // self.seq_len for shard in self.shards])
         spans = int(self.ends[-1])
         if spans < 2:
@@ -655,10 +656,14 @@ class Stream:
             raise InputError(f"DATA_PATH={c.data_path}: validation has {len(tokens)} tokens; allowed is {least}")
         if tokens[0] != c.bos_id:
             raise InputError(f"shard {paths[0]}: it begins with token {tokens[0]}; allowed is BOS_ID={c.bos_id}")
-        n = c.val_tokens or len(tokens) - 1
-        self.whole, self.tokens, self.device = n >= len(tokens) - 1, torch.from_numpy(tokens[: n + 1]), device
-        self.documents = int((self.tokens[:-1] == c.bos_id).sum())
-        self.token_bytes = tokenizer.count_bytes(self.tokens[:-1], self.tokens[1:])  # of each scored token
+        n, tokens = c.val_tokens or len(tokens) - 1, torch.from_numpy(tokens)
+        token_bytes = tokenizer.count_bytes(tokens[:-1], tokens[1:])
+        counts = dict(val_documents=int((tokens == c.bos_id).sum()), val_bytes=int(token_bytes.sum()))
+        self.has_manifest = "val_tokens" in check_manifest(c, val_tokens=len(tokens), **counts)
+        self.whole, self.tokens, self.token_bytes = n >= len(tokens) - 1, tokens[: n + 1], token_bytes[:n]
+        self.documents, self.device = int((self.tokens[:-1] == c.bos_id).sum()), device
+        if not self.token_bytes.any():
+            raise InputError(f"DATA_PATH={c.data_path}: the validation text has no byte; allowed is one or more")
 
     def __len__(self) -> int:
         return len(self.tokens) - 1
@@ -685,10 +690,8 @@ def windows(first: int, last: int, stride: int, seq_len: int) -> tuple[np.ndarra
 # ==================== Kernels =========================================================================================
 # The operations with more than one implementation, behind one name each. The plain one is the specification.
 
-SDPA_BACKENDS = {
-    name: getattr(SDPBackend, name.upper() + "_ATTENTION", SDPBackend.MATH)
-    for name in ("cudnn", "flash", "efficient", "math")
-}  # in the order in which `auto` tries them
+BACKENDS = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+SDPA_BACKENDS = dict(zip(("cudnn", "flash", "efficient", "math"), BACKENDS, strict=True))  # as `auto` tries them
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "math") -> Tensor:
@@ -1174,15 +1177,12 @@ class Optimizers:
         self.small = tables + rest
         self.skipped = torch.zeros((), dtype=torch.int64, device=dist.device)  # steps on a gradient that was not finite
 
-    def schedule(self, phase: Phase) -> None:
-        """Set every scheduled hyperparameter of the next step."""
-        self.muon.param_groups[0].update(lr=phase.lr_scale * self.c.matrix_lr, momentum=phase.muon_momentum)
-        for group in self.adam.param_groups:
-            group["lr"] = phase.lr_scale * group["base_lr"]
-
     @torch.no_grad()
-    def step(self) -> None:
-        """Sum the gradients over ranks, clip by their joint norm, update, and clear them."""
+    def step(self, now: Schedule) -> None:
+        """Sum the gradients over ranks, clip by their joint norm, update as scheduled, and clear them."""
+        self.muon.param_groups[0].update(lr=now.lr_scale * self.c.matrix_lr, momentum=now.muon_momentum)
+        for group in self.adam.param_groups:
+            group["lr"] = now.lr_scale * group["base_lr"]
         reduced, small = self.muon.reduce(), self.dist.sum_gradients(self.small)
         for _, wait in reduced:
             wait()
@@ -1228,8 +1228,8 @@ class WeightAverages:
 
 
 @dataclass(frozen=True)
-class Phase:
-    """The schedule's values for one step."""
+class Schedule:
+    """The scheduled values of one step."""
 
     lr_scale: float
     muon_momentum: float
@@ -1238,8 +1238,8 @@ class Phase:
     late_qat: bool = False
 
 
-def schedule(step: int, total: int, c: Config) -> Phase:
-    """Return the phase of a step of a run of `total` steps; one that the clock ends early has shorter ramps."""
+def schedule(step: int, total: int, c: Config) -> Schedule:
+    """Return the values for a step of a run of `total` steps; one that the clock ends early has shorter ramps."""
     limits = (0.1, 0.6, 0.25) if total < c.iterations else (math.inf,) * 3  # parts of the run
     lengths = c.lr_warmup_iters, c.warmdown_iters, c.muon_momentum_warmup_steps
     warmup, warmdown, momentum_warmup = (min(n, part * total) for n, part in zip(lengths, limits, strict=True))
@@ -1248,7 +1248,7 @@ def schedule(step: int, total: int, c: Config) -> Phase:
     reached = min(1.0, step / momentum_warmup) if momentum_warmup else 1.0
     momentum = c.muon_momentum_warmup_start + reached * (c.muon_momentum - c.muon_momentum_warmup_start)
     swa, crown_q = falling < c.swa_start_scale, c.crown_q_lambda > 0 and falling < 1.0
-    return Phase(rising * falling, momentum, swa, crown_q, late_qat=falling < c.late_qat_threshold)
+    return Schedule(rising * falling, momentum, swa, crown_q, late_qat=falling < c.late_qat_threshold)
 
 
 def complement_weights(loader: TrainLoader, c: Config) -> Tensor | None:
@@ -1312,8 +1312,7 @@ def warm_up(model: GPT, called, c: Config, dist: Dist) -> None:
             shape = (mine.stop - mine.start, c.train_seq_len + 1)
             batch = torch.randint(c.vocab_size, shape, generator=generator).to(dist.device)
             accumulate_gradients(called, batch, None, c)
-            optimizers.schedule(Phase(1.0, c.muon_momentum))
-            optimizers.step()
+            optimizers.step(Schedule(1.0, c.muon_momentum))
             log.info(f"warmup_step:{step + 1}/{c.warmup_steps}")
 
 
@@ -1326,23 +1325,22 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
     clock, averages = Clock(dist), WeightAverages(model, c)
     weights, matrices = complement_weights(loader, c), list(by_role(model, "matrix").values())
     budget = max(0.0, c.max_wallclock_seconds - c.reserve_seconds)
-    step, total, elapsed, log2_step, was = 0, c.iterations, 0.0, 0.0, Phase(0.0, 0.0)
+    step, total, elapsed, log2_step, was = 0, c.iterations, 0.0, 0.0, Schedule(0.0, 0.0)
     while step < total:
-        phase = schedule(step, total, c)
+        now = schedule(step, total, c)
         for part in ("swa", "crown_q"):
-            if getattr(phase, part) and not getattr(was, part):
+            if getattr(now, part) and not getattr(was, part):
                 log.info(f"{part}:start step:{step}")
-        if phase.late_qat and not was.late_qat:  # rounds as the export would at this point
+        if now.late_qat and not was.late_qat:  # rounds as the export would at this point
             log2_step = fit_entropy(model, {}, artifact_budget(model, c), c)
-            log.info(f"late_qat:enabled step:{step} scale:{phase.lr_scale:.4f} log2_step:{log2_step:.4f}")
-        optimizers.schedule(phase)
-        with late_qat(model, log2_step, c) if phase.late_qat else nullcontext():
+            log.info(f"late_qat:enabled step:{step} scale:{now.lr_scale:.4f} log2_step:{log2_step:.4f}")
+        with late_qat(model, log2_step, c) if now.late_qat else nullcontext():
             nll = accumulate_gradients(called, loader.batch(step), weights, c)
-        if phase.crown_q:
+        if now.crown_q:
             (c.crown_q_lambda / dist.world_size * crown_q_penalty(matrices, c.quant_bits)).backward()  # ranks add up
-        optimizers.step()
-        averages.update(step, phase.swa)
-        step, was = step + 1, phase
+        optimizers.step(now)
+        averages.update(step, now.swa)
+        step, was = step + 1, now
         # The ranks agree on the clock every tenth step, and on every step near the end; between, the host runs ahead.
         if budget and (step <= 10 or step % 10 == 0 or total - step < 20):
             before, elapsed = elapsed, clock.seconds()
@@ -1354,10 +1352,10 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
                 raise InputError(f"train_loss={loss} at step {step}: lower MATRIX_LR={c.matrix_lr}?")
             log_step(step, f"train_loss:{loss:.4f}", clock.seconds(), c)
         if c.val_loss_every and step % c.val_loss_every == 0:
-            with clock.stopped() as elapsed:
-                predictor = SlidingWindow("roundtrip", called, c, dist, stride=c.eval_seq_len)
-                x = score(predictor, stream, c.val_batch_size, dist)["roundtrip"]
-                log_step(step, f"val_loss:{x.val_loss:.4f} val_bpb:{x.val_bpb:.4f}", elapsed, c)
+            elapsed, predictor = clock.seconds(), SlidingWindow("roundtrip", called, c, dist, stride=c.eval_seq_len)
+            x = score(predictor, stream, c.val_batch_size, dist)["roundtrip"]
+            log_step(step, f"val_loss:{x.val_loss:.4f} val_bpb:{x.val_bpb:.4f}", elapsed, c)
+            clock.started = time.perf_counter() - elapsed  # validation does not count
     elapsed = clock.seconds()
     if step < c.iterations:
         log.info(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{step}/{c.iterations}")
@@ -1827,7 +1825,8 @@ class HashChains:
         self.seen = 0  # positions before the next chunk
         self.document = torch.zeros(1, dtype=torch.int64, device=device)  # where the open document began
         self.tail = torch.full((self.orders[-1] - 1,), -1, dtype=torch.int64, device=device)  # the tokens before it
-        self.head = torch.zeros(1 << c.ngram_table_bits, dtype=torch.int64, device=device)  # position + 1, hash bits
+        self.mask = (1 << c.ngram_table_bits) - 1  # of a hash: its head
+        self.head = torch.zeros(self.mask + 1, dtype=torch.int64, device=device)  # position + 1, hash bits
         self.tokens = torch.zeros(1, dtype=torch.int32, device=device)  # both grow by doubling
         self.prev = torch.zeros(len(self.orders), 1, dtype=torch.int32, device=device)  # position + 1; 0 = none
         self.ahead: tuple[Tensor, ...] | None = None  # the inputs from position `seen` on, not yet part of the state
@@ -1843,9 +1842,6 @@ class HashChains:
                 found.append(number)
         return torch.stack(found)
 
-    def slots(self, hashes: Tensor) -> Tensor:
-        return hashes & (len(self.head) - 1)
-
     def look_ahead(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Link the chunk that follows. Return its hashes [orders, n] and where each input's document began [n]."""
         if self.ahead is not None and torch.equal(self.ahead[0], inputs):
@@ -1859,7 +1855,7 @@ class HashChains:
         again = ordered[:, 1:] == ordered[:, :-1]
         inside = torch.zeros_like(hashes)
         inside.scatter_(1, source[:, 1:], torch.where(again, source[:, :-1] + self.seen + 1, 0))
-        entry = self.head[self.slots(hashes)]
+        entry = self.head[hashes & self.mask]
         before = torch.where((entry & self.CHECK) == ((hashes >> 32) & self.CHECK), entry >> 32, 0)
         self.tokens[self.seen : end] = inputs.int()
         self.prev[:, self.seen : end] = torch.where(inside > 0, inside, before).int()
@@ -1907,7 +1903,7 @@ class HashChains:
         hashes, begins = self.look_ahead(inputs)
         position = torch.arange(self.seen + 1, self.seen + n + 1, device=inputs.device)
         entry = (position << 32) | ((hashes >> 32) & self.CHECK)
-        self.head.scatter_reduce_(0, self.slots(hashes).flatten(), entry.flatten(), "amax")
+        self.head.scatter_reduce_(0, (hashes & self.mask).flatten(), entry.flatten(), "amax")
         self.document, self.tail = begins[-1:], torch.cat([self.tail, inputs])[n:]
         self.seen, self.ahead = self.seen + n, None
 
@@ -2464,7 +2460,8 @@ def evaluate(model: GPT, net: BiasNet, c: Config, dist: Dist, tokenizer: Tokeniz
             log_score(name, x, stream, c)
             records[name] = dict(val_loss=x.val_loss, val_bpb=x.val_bpb, max_sum_error=x.max_sum_error)
             records[name] |= dict(seconds=round(x.seconds, 3), tokens=len(stream), bytes=int(stream.token_bytes.sum()))
-            records[name] |= dict(documents=stream.documents, whole_stream=stream.whole, **adaptation)
+            records[name] |= dict(documents=stream.documents, whole_stream=stream.whole)
+            records[name] |= dict(has_manifest=stream.has_manifest, **adaptation)
         scores |= found
     seconds, cap = clock.seconds(), c.max_eval_seconds
     log.info(f"eval_seconds: {seconds:.1f}" + (f" of {cap:g}" if cap else "") + (" OVER" if 0 < cap < seconds else ""))
@@ -2504,8 +2501,11 @@ def log_start(c: Config, dist: Dist, stream: Stream | None) -> None:
     lines.append(f"kernels: attention:{kernels.attention} fused:{show(kernels.fused) or 'none'}")
     if stream is not None:
         partial = "" if stream.whole else " partial: the stream goes on"
+        partial += "" if stream.has_manifest else " no manifest: completeness unknown"
         found = f"pattern={c.data_path}/*_val_*.bin tokens:{len(stream)} documents:{stream.documents}"
         lines.append(f"val_loader:shards {found}{partial}")
+    others = [x for x in os.listdir(c.data_path) if x.endswith(".bin") and not SHARD_NAME.fullmatch(x)]
+    lines += [f"not_read:{name} is no shard by its name" for name in sorted(others)]
     log.info("\n".join(lines))
 
 

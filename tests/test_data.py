@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,11 +47,11 @@ def test_a_shard_is_read_token_for_token(tmp_path_factory, write_shard, tokens):
     ("lie", "named"),
     [
         (dict(magic=20240521), ("20240521", "20240520")),
-        (dict(version=2), ("[20240520, 2]", "[20240520, 1]")),
-        (dict(n_tokens=4), ("1034 bytes", "4 tokens", "1032")),
-        (dict(n_tokens=6), ("1034 bytes", "6 tokens", "1036")),
-        (dict(n_tokens=0), ("0 tokens",)),
-        (dict(n_tokens=-1), ("-1 tokens",)),
+        (dict(version=2), ("[20240520, 2, 5]", "[20240520, 1, 5]")),
+        (dict(n_tokens=4), ("1034 bytes", "[20240520, 1, 4]", "[20240520, 1, 5]")),
+        (dict(n_tokens=6), ("1034 bytes", "[20240520, 1, 6]")),
+        (dict(n_tokens=0), ("[20240520, 1, 0]",)),
+        (dict(n_tokens=-1), ("[20240520, 1, -1]",)),
     ],
     ids=str,
 )
@@ -64,7 +65,7 @@ def test_a_shard_whose_header_is_wrong_is_refused(tmp_path, write_shard, lie, na
 def test_a_shard_without_a_whole_header_is_refused(tmp_path, write_shard, size):
     path = write_shard(tmp_path / "x.bin", [1, 2, 3])
     path.write_bytes(path.read_bytes()[:size])
-    assert "1024 or more" in refusal(read_shard, path)
+    assert f"of {size} bytes" in refusal(read_shard, path)
 
 
 def test_a_shard_with_half_a_token_is_refused(tmp_path, write_shard):
@@ -73,15 +74,62 @@ def test_a_shard_with_half_a_token_is_refused(tmp_path, write_shard):
     assert "1029 bytes" in refusal(read_shard, path)
 
 
+def test_what_is_no_file_is_no_shard(tmp_path):
+    os.mkfifo(tmp_path / "fifo.bin")
+    (tmp_path / "dangling.bin").symlink_to(tmp_path / "nothing")
+    (tmp_path / "folder.bin").mkdir()
+    for name in ("fifo", "dangling", "folder"):
+        assert "of 0 bytes" in refusal(read_shard, tmp_path / f"{name}.bin")
+
+
 def test_a_folder_without_shards_is_refused(tmp_path, tiny_config):
     c = tiny_config(tmp_path)
     assert f"DATA_PATH={tmp_path}" in refusal(TrainLoader, c, Dist())
     assert "no shard" in refusal(Stream, c, CPU, None)
 
 
-def stream_of(c):
-    """A stream of tokens that stand for a byte each."""
-    return Stream(c, CPU, SimpleNamespace(count_bytes=lambda previous, tokens: torch.ones_like(tokens)))
+def stream_of(c, token_bytes=1):
+    """A stream of tokens that stand for so many bytes each."""
+    return Stream(c, CPU, SimpleNamespace(count_bytes=lambda previous, tokens: torch.full_like(tokens, token_bytes)))
+
+
+def test_shards_are_read_by_number_and_others_are_not_read(tmp_path, write_shard, tiny_config):
+    for i in range(12):
+        write_shard(tmp_path / f"x_val_{i}.bin", range(1 + 9 * i, 10 + 9 * i))
+    for name in ("x_val_000000 (1).bin", "x_val_bytes_000000.bin", "x_val_0.bin.tmp", "val_0.bin"):
+        write_shard(tmp_path / name, [1] * 50)
+    assert stream_of(tiny_config(tmp_path)).tokens.tolist() == list(range(1, 109))
+
+
+@pytest.mark.parametrize("numbers", [["1"], ["0", "2"], ["0", "00"], ["0", "1", "3"]], ids=str)
+def test_a_missing_or_double_shard_is_refused(tmp_path, write_shard, tiny_config, numbers):
+    for number in numbers:
+        write_shard(tmp_path / f"x_val_{number}.bin", range(1, 40))
+    assert "of val; allowed is each once" in refusal(stream_of, tiny_config(tmp_path))
+
+
+COUNTS = dict(val_tokens=40, val_documents=1, val_bytes=39 * 3)
+
+
+def test_counts_of_the_manifest_must_be_those_of_the_shards(tmp_path, write_shard, tiny_config):
+    c, manifest = tiny_config(tmp_path, val_tokens=20), tmp_path / "manifest.json"
+    write_shard(tmp_path / "x_val_0.bin", range(1, 41))
+    assert not stream_of(c, 3).has_manifest
+    for stated in (dict(name="x"), COUNTS, dict(val_tokens=40)):
+        manifest.write_text(json.dumps(stated))
+        assert stream_of(c, 3).has_manifest is ("val_tokens" in stated) and len(stream_of(c, 3)) == 20
+    for name in COUNTS:
+        manifest.write_text(json.dumps(COUNTS | {name: 999}))
+        message = refusal(stream_of, c, 3)
+        assert f"{name} is {COUNTS[name]}" in message and "states 999" in message
+    manifest.write_text(json.dumps(dict(train_tokens=5)))
+    write_shard(tmp_path / "x_train_0.bin", range(1, 300))
+    assert "train_tokens is 299" in refusal(TrainLoader, c, Dist())
+
+
+def test_a_text_without_a_byte_is_refused(tmp_path, write_shard, tiny_config):
+    write_shard(tmp_path / "x_val_0.bin", range(1, 41))
+    assert "no byte" in refusal(stream_of, tiny_config(tmp_path), 0)
 
 
 def test_shards_are_found_whatever_the_folder_is_called(tmp_path, write_shard, tiny_config):
@@ -138,15 +186,16 @@ def test_a_tokenizer_with_another_bos_is_refused(tiny_config):
 def test_a_tokenizer_other_than_the_manifests_is_refused(data_copy, tiny_config):
     manifest = data_copy / "manifest.json"
     manifest.write_text(json.dumps(dict(tokenizer_sha256="0" * 64)))
-    assert "sha256 differs" in refusal(Tokenizer, tiny_config(data_copy))
+    assert "tokenizer_sha256 is" in refusal(Tokenizer, tiny_config(data_copy))
     right = hashlib.sha256((data_copy / "tokenizer.model").read_bytes()).hexdigest()
     manifest.write_text(json.dumps(dict(tokenizer_sha256=right)))
     assert Tokenizer(tiny_config(data_copy)).sha256 == right
 
 
 def test_a_manifest_that_is_no_json_is_refused(data_copy, tiny_config):
-    (data_copy / "manifest.json").write_text("{half")
-    assert "manifest.json" in refusal(Tokenizer, tiny_config(data_copy))
+    for content in (b"{half", b"[1]", b"\xff", b"[" * 100_000):
+        (data_copy / "manifest.json").write_bytes(content)
+        assert "manifest.json" in refusal(Tokenizer, tiny_config(data_copy))
 
 
 def test_a_tokenizer_elsewhere_can_be_named(tiny_tokenizer, data_copy, tiny_config):

@@ -216,16 +216,6 @@ def test_the_clock_gives_the_seconds_of_the_slowest_rank(virtual_time):
     assert clock.seconds() == 6.0
 
 
-def test_the_clock_stands_still_while_it_is_stopped(virtual_time):
-    clock = Clock(Dist())
-    virtual_time.now += 2.0
-    with clock.stopped() as seconds:
-        virtual_time.now += 100.0
-        assert seconds == 2.0
-    virtual_time.now += 3.0
-    assert clock.seconds() == 5.0
-
-
 # The run's files and its log
 
 

@@ -71,12 +71,12 @@ def chunks_of(tokens, sizes):
 
 
 class ExactChains(HashChains):
-    """Hash chains with a slot for every context: nothing is forgotten."""
+    """Hash chains with a head for every context: nothing is forgotten."""
 
-    def slots(self, hashes):
-        self.slot_of = getattr(self, "slot_of", {})
-        found = [self.slot_of.setdefault(number, len(self.slot_of)) for number in hashes.flatten().tolist()]
-        assert len(self.slot_of) <= len(self.head)
+    def hashes(self, inputs):
+        hashes, self.head_of = super().hashes(inputs), getattr(self, "head_of", {})
+        found = [self.head_of.setdefault(number, len(self.head_of)) for number in hashes.flatten().tolist()]
+        assert len(self.head_of) <= len(self.head)
         return torch.tensor(found).view(hashes.shape)
 
 

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 import train_gpt
 from conftest import build, on_ranks
-from train_gpt import GPT, Dist, Muon, Optimizers, Phase, WeightAverages, zeropower
+from train_gpt import GPT, Dist, Muon, Optimizers, Schedule, WeightAverages, zeropower
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 8, 40), (2, 40, 8)])
@@ -75,8 +75,7 @@ def model_with_gradients(config):
 
 
 def take_step(optimizers, lr_scale=1.0):
-    optimizers.schedule(Phase(lr_scale, 0.9, False, False, False))
-    optimizers.step()
+    optimizers.step(Schedule(lr_scale, 0.9))
 
 
 def test_every_parameter_is_in_exactly_one_group_by_its_role(tiny_config):
@@ -93,10 +92,10 @@ def test_every_parameter_is_in_exactly_one_group_by_its_role(tiny_config):
     assert all(len({p.shape for p in bank}) == 1 for bank in optimizers.muon.banks)
 
 
-def test_the_phase_sets_each_groups_rate_and_the_momentum(tiny_config):
+def test_the_schedule_sets_each_groups_rate_and_the_momentum(tiny_config):
     c = tiny_config(matrix_lr=0.1, tied_embed_lr=0.2, scalar_lr=0.4)
     optimizers = Optimizers(GPT(c), c, Dist())
-    optimizers.schedule(Phase(0.5, 0.7, False, False, False))
+    optimizers.step(Schedule(0.5, 0.7))
     groups = [*optimizers.muon.param_groups, *optimizers.adam.param_groups]
     assert [group["lr"] for group in groups] == [0.05, 0.1, 0.2]
     assert groups[0]["momentum"] == 0.7

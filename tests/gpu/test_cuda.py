@@ -137,8 +137,7 @@ def test_a_step_does_not_wait_for_the_device(tiny_config):
         try:
             train_gpt.accumulate_gradients(called, batch, None, c)
             train_gpt.crown_q_penalty(matrices, c.quant_bits).backward()
-            optimizers.schedule(train_gpt.Phase(1.0, 0.9, True, True, False))
-            optimizers.step()
+            optimizers.step(train_gpt.Schedule(1.0, 0.9))
             averages.update(0, True)
         finally:
             torch.cuda.set_sync_debug_mode("default")
