@@ -19,7 +19,9 @@ one that it predicts. `update` learns from a chunk after its score is fixed.
 from __future__ import annotations
 
 import copy
+import ctypes
 import dataclasses
+import datetime
 import difflib
 import functools
 import hashlib
@@ -31,12 +33,15 @@ import math
 import os
 import platform
 import re
+import shutil
+import signal
 import statistics
 import struct
 import sys
+import tempfile
 import time
 from collections import deque
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,7 +66,7 @@ except ImportError:  # PyPI's stub lacks the function
 # ==================== Config ==========================================================================================
 # Every setting of a run, read once from the environment and never changed.
 
-CAP_BYTES = 16_000_000  # decimal; script plus artifact
+CAP_BYTES, LARGEST = 16_000_000, 10**15  # script plus artifact, decimal; no number is larger
 STAGES, FROZEN_STAGES = ("roundtrip", "sliding", "ttt", "mixed"), ("roundtrip", "sliding")
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -70,7 +75,19 @@ class InputError(Exception):
     """Input that cannot be used. The message is one line: the name, the value and what is allowed."""
 
 
-def setting(default, low=-math.inf, high=math.inf, choices=None, shape=False, score=False):
+@contextmanager
+def refusing(problem: str):
+    """Raise InputError, which names the problem, for whatever a damaged or a stranger's file makes its reader raise."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{problem} ({reason})") from None
+
+
+def setting(default, low=-LARGEST, high=LARGEST, choices=None, shape=False, score=False):
     """A field of Config. The artifact keeps those marked `shape` (its tensors and their coding) and `score`."""
     return field(default=default, metadata=dict(low=low, high=high, choices=choices, shape=shape, score=score))
 
@@ -94,21 +111,22 @@ class Config:
     artifact_path: str = setting("")  # "" = LOG_DIR/RUN_ID.artifact
     scores_path: str = setting("")  # "" = no per-token record
     log_dir: str = setting("logs")
+    dist_timeout_seconds: float = setting(900.0, 1.0)  # until a rank that does not answer ends the run
     # Model.
     vocab_size: int = setting(1024, 257, 65536, shape=True)
     bos_id: int = setting(1, 0, shape=True)
-    num_layers: int = setting(11, 1, shape=True)
-    model_dim: int = setting(512, 16, shape=True)
+    num_layers: int = setting(11, 1, 256, shape=True)
+    model_dim: int = setting(512, 16, 16384, shape=True)
     num_heads: int = setting(8, 1, shape=True)
     num_kv_heads: int = setting(4, 0, shape=True)  # 0 = as many as NUM_HEADS
-    mlp_mult: float = setting(3.0, 0.125, shape=True)
+    mlp_mult: float = setting(3.0, 0.125, 64.0, shape=True)
     leaky_slope: float = setting(0.5, 0.0, 1.0, shape=True)
     xsa_last_n: int = setting(4, 0, shape=True)
-    bigram_vocab_size: int = setting(2048, 0, shape=True)  # rows of the hashed bigram embedding; 0 = none
-    bigram_dim: int = setting(128, 1, shape=True)
+    bigram_vocab_size: int = setting(2048, 0, 2**24, shape=True)  # rows of the hashed bigram embedding; 0 = none
+    bigram_dim: int = setting(128, 1, 16384, shape=True)
     value_residual: bool = setting(True, shape=True)
     ve_layers: tuple[int, ...] = setting((9, 10), shape=True)  # layers that add a value embedding
-    ve_dim: int = setting(128, 1, shape=True)
+    ve_dim: int = setting(128, 1, 16384, shape=True)
     smear_gate: bool = setting(True, shape=True)
     rope_dims: int = setting(16, 0, shape=True)  # of each head; 0 = no position encoding
     rope_base: float = setting(10000.0, 1.0, shape=True)
@@ -122,7 +140,7 @@ class Config:
     max_wallclock_seconds: float = setting(600.0, 0.0)  # from the first step to the written artifact; 0 = no cap
     reserve_seconds: float = setting(60.0, 0.0)  # of them, for averaging, quantizing, calibrating and packing
     train_batch_tokens: int = setting(786_432, 1)  # per optimizer step, over all ranks
-    train_seq_len: int = setting(2048, 8, score=True)
+    train_seq_len: int = setting(2048, 8, 2**17, score=True)
     micro_batch_tokens: int = setting(98_304, 8)  # per forward pass and rank, in training and in scoring
     warmup_steps: int = setting(20, 0)  # compile warm-up on synthetic tokens; all state is restored afterwards
     # Where the clock ends the run before ITERATIONS, these and MUON_MOMENTUM_WARMUP_STEPS shrink (see schedule).
@@ -148,7 +166,7 @@ class Config:
     adam_wd: float = setting(0.04, 0.0)
     beta1: float = setting(0.9, 0.0, 0.9999, score=True)
     beta2: float = setting(0.95, 0.0, 0.99999, score=True)
-    adam_eps: float = setting(1e-8, 0.0, score=True)
+    adam_eps: float = setting(1e-8, 1e-20, 1.0, score=True)
     grad_clip_norm: float = setting(0.3, 0.0)  # 0 = none
     ema_decay: float = setting(0.997, 0.0, 0.999999)
     swa_every: int = setting(50, 1)
@@ -165,13 +183,13 @@ class Config:
     max_eval_seconds: float = setting(600.0, 0.0, score=True)  # of all stages; adaptation stops early. 0 = no cap
     val_tokens: int = setting(0, 0)  # score only the first of them; 0 = the whole stream
     val_batch_size: int = setting(524_288, 8)  # tokens a chunk where nothing is learned between chunks
-    eval_seq_len: int = setting(2048, 8, score=True)
+    eval_seq_len: int = setting(2048, 8, 2**17, score=True)
     eval_stride: int = setting(256, 1, score=True)
     ttt_chunk_tokens: int = setting(32_768, 8, score=True)
     ttt_optimizer: str = setting("sgd", choices=("sgd", "adamw"), score=True)
     ttt_lr: float = setting(0.002, 0.0, score=True)
     ttt_momentum: float = setting(0.9, 0.0, 0.9999, score=True)  # sgd only; adamw uses BETA1, BETA2
-    ttt_epochs: int = setting(3, 0, score=True)
+    ttt_epochs: int = setting(3, 0, 1000, score=True)
     ttt_batch_tokens: int = setting(32_768, 8, score=True)  # per step, over all ranks
     ttt_micro_tokens: int = setting(4096, 8, score=True)  # per backward pass: what a rank gets is a multiple of it
     ttt_freeze_blocks: int = setting(0, score=True)  # leading blocks that stay as they are; -2 = all but the last two
@@ -196,7 +214,7 @@ class Config:
     mixer_calibration_tokens: int = setting(1_048_576, 2)  # of held-out training text, on which it is fitted
     ngram_orders: tuple[int, ...] = setting((1, 2, 3, 4, 5, 6, 8, 12, 16, 24), 1, 64, shape=True)  # tokens of context
     ngram_max_chain: int = setting(16, 1, 255, score=True)  # latest occurrences that count; 3 / k of it from k = 4 on
-    ngram_table_bits: int = setting(25, 4, 32, score=True)  # log2 of the hash heads; 8 bytes each
+    ngram_table_bits: int = setting(25, 4, 27, score=True)  # log2 of the hash heads; 8 bytes each
 
     @classmethod
     def from_env(cls, env: dict[str, str]) -> Config:
@@ -222,7 +240,7 @@ class Config:
         yield "num_heads", c.model_dim % c.num_heads == 0, f"a divisor of MODEL_DIM={c.model_dim}"
         yield "num_kv_heads", c.num_heads % c.kv_heads == 0, f"a divisor of NUM_HEADS={c.num_heads}"
         yield "rope_dims", c.rope_dims in range(0, head_dim + 1, 2), f"an even number up to the head's {head_dim}"
-        yield "ve_layers", set(c.ve_layers) <= set(range(c.num_layers)), f"layers 0 to {c.num_layers - 1}"
+        yield "ve_layers", set(c.ve_layers) <= set(range(c.num_layers)), f"layers below NUM_LAYERS={c.num_layers}"
         yield "bigram_vocab_size", c.bigram_vocab_size != 1, "0 (none), or 2 or more"
         yield "train_batch_tokens", c.batch_seqs > 0, f"at least TRAIN_SEQ_LEN={c.train_seq_len}"
         yield "eval_stride", c.eval_stride <= c.eval_seq_len, f"at most EVAL_SEQ_LEN={c.eval_seq_len}"
@@ -264,14 +282,16 @@ class Config:
 
 
 def refuse_unknown(env: dict[str, str], known: list[str]) -> None:
-    """Raise InputError for a variable that looks like a setting and is none, such as EMA_ENABLED=1."""
-    general = {"RUN", "LOG", "DATA", "NUM", "MAX", "MODEL", "TORCH", "TOKENIZER"}  # other programs' names begin so too
-    families = {name.partition("_")[0] for name in known if "_" in name} - general | {"EMBED", "HEAD", "LN", "QAT"}
+    """Raise InputError for a variable that looks like a setting and is none, or that the field's other scripts read."""
+    general = {"RUN", "LOG", "DATA", "NUM", "MAX", "MODEL", "TORCH", "TOKENIZER", "TRAIN", "EVAL", "DIST", "DEVICE"}
+    families = {name.partition("_")[0] for name in known if "_" in name} - general  # whose names others use too
+    others = " ".join(path.read_text() for path in CONFIGS.glob("*.txt")).split()
     for name in sorted(env.keys() - set(known)):
         family, underscore, _ = name.partition("_")
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-        if near or underscore and family in families:
-            members = near or [k for k in known if k.startswith(family + "_")]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85) if len(name) > len("STAGE") else []
+        if near or name in others or underscore and family in families:
+            members = near or [known for known in known if known.startswith(family + "_")]
+            members = members or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             raise InputError(f"unknown setting {name}={env[name]}: did you mean {', '.join(members) or 'another'}?")
 
 
@@ -295,6 +315,8 @@ def read_presets(names: str, known: list[str]) -> dict[str, str]:
 def parse(f: dataclasses.Field, text: str):
     """Return the value of a field from its text. Raise InputError."""
     kind = type(f.default)
+    if not text.isprintable():
+        raise InputError(f"{f.name.upper()}={text!r}: allowed are printable characters, no line break among them")
     try:
         if kind is bool:
             return {"0": False, "1": True}[text]
@@ -314,8 +336,8 @@ def check_range(f: dataclasses.Field, value) -> None:
         if choices is not None and part not in choices:
             allowed = ", ".join(repr(choice) for choice in choices)
             raise InputError(f"{f.name.upper()}={part!r} is not known: allowed are {allowed}")
-        if isinstance(part, (int, float)) and not (math.isfinite(part) and low <= part <= high):
-            allowed = f"{low} to {high}" if high < math.inf else f"{low} or more"
+        if isinstance(part, (int, float)) and not low <= part <= high:
+            allowed = f"{low} to {high}" if high < LARGEST else f"{low} or more"
             raise InputError(f"{f.name.upper()}={part} is out of range: allowed is {allowed}")
 
 
@@ -330,6 +352,7 @@ def show(value) -> str:
 # This process among its ranks, its device, its log and its clock. Only Dist branches on the number of ranks.
 
 log = logging.getLogger("train_gpt")  # silent until open_log
+RANK_NAMES = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 # torch 2.13 renamed both and warns at every call of the old name; 2.11 knows only the old one.
 REDUCE_SCATTER = getattr(c10d, "reduce_scatter_single", None) or c10d.reduce_scatter_tensor
 ALL_GATHER = getattr(c10d, "all_gather_single", None) or c10d.all_gather_into_tensor
@@ -406,12 +429,18 @@ class Dist:
 def open_dist(c: Config) -> Dist:
     """Join the ranks that torchrun started, or be the only one. Raise InputError where the device does not exist."""
     env = os.environ
-    rank, world_size, local_rank = int(env.get("RANK", 0)), int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_RANK", 0))
+    with refusing("RANK, WORLD_SIZE, LOCAL_RANK: allowed are those of torchrun, or none"):
+        rank, world_size, local_rank = (int(env.get(name, n)) for name, n in zip(RANK_NAMES, (0, 1, 0), strict=True))
+        if not 0 <= rank < world_size or world_size > 1 and "TORCHELASTIC_RUN_ID" not in env:
+            raise ValueError(f"rank {rank} of {world_size}")
+    timeout = datetime.timedelta(seconds=c.dist_timeout_seconds)
+    if world_size > 1 and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no rank outlives torchrun
     if c.device == "cuda" and not torch.cuda.is_available():
         raise InputError("DEVICE=cuda: no CUDA device is available; allowed here are 'auto' and 'cpu'")
     if c.device == "cpu" or not torch.cuda.is_available():
         if world_size > 1:
-            c10d.init_process_group("gloo")
+            c10d.init_process_group("gloo", timeout=timeout)
         return Dist(rank, world_size)
     if local_rank >= (n := torch.cuda.device_count()):
         raise InputError(f"nproc_per_node: process {local_rank} has no CUDA device; allowed are {n} a node")
@@ -420,7 +449,7 @@ def open_dist(c: Config) -> Dist:
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = 64  # a graph for each batch shape, with and without gradients
     if world_size > 1:
-        c10d.init_process_group("cpu:gloo,cuda:nccl", device_id=device)
+        c10d.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout)
     return Dist(rank, world_size, device)
 
 
@@ -440,32 +469,41 @@ def gradient(p: nn.Parameter) -> Tensor:
     return torch.zeros_like(p) if p.grad is None else p.grad
 
 
-def open_log(c: Config, dist: Dist) -> None:
-    """Refuse to overwrite the run's files, then log to screen and file; on the main rank. Raise InputError."""
-    if not dist.is_main:
-        return
+def open_log(c: Config, dist: Dist) -> list[Path]:
+    """Create every file that the run will write, and log to screen and file; on the main rank. Raise InputError."""
     paths = [f"{c.log_dir}/{c.run_id}.txt", f"{c.log_dir}/{c.run_id}.json", c.scores_path]
-    for path in map(Path, filter(None, paths if c.phase == "eval" else [*paths, c.artifact_path])):
+    paths = list(map(Path, filter(None, paths if c.phase == "eval" else [*paths, c.artifact_path])))
+    if not dist.is_main:
+        return []
+    for path in paths:
         if path.exists():
             raise InputError(f"RUN_ID={c.run_id}: {path} exists and would be overwritten; choose another name")
-        try:
+    for path in paths:
+        with refusing(f"{path}: allowed is a folder that can be written, with TARGET_BYTES={c.target_bytes} free"):
             path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{path.parent}: {error.strerror}; allowed is a folder that can be written") from None
+            path.touch(exist_ok=False)  # of two runs that begin together only one may have it
+            if shutil.disk_usage(path.parent).free < c.target_bytes:
+                raise OSError("less is free")
+    logging.raiseExceptions = False  # a full disk or a closed screen ends no run
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.addHandler(logging.FileHandler(paths[0], encoding="utf-8"))
+    return paths
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file completely or not at all. Raise InputError where it cannot be, and name the copy that is kept."""
     temporary = path.with_name(path.name + ".tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
         os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        kept = Path(tempfile.mkdtemp(), path.name)
+        kept.write_bytes(data)
+        raise InputError(f"{path} cannot be written ({error.strerror}): a copy is kept in {kept}") from None
 
 
 class Clock:
@@ -512,11 +550,9 @@ def find_shards(c: Config, split: str) -> list[str]:
 def check_manifest(c: Config, **found) -> dict:
     """Return manifest.json of DATA_PATH, {} where there is none. Raise InputError where it states other values."""
     path = Path(c.data_path, "manifest.json")
-    try:
-        stated = json.loads(path.read_bytes()) if path.exists() else {}
+    with refusing(f"{path}: not a JSON object; data/prepare.py writes one"):
+        stated = json.loads(path.read_bytes()) if path.is_file() else {}
         other = [name for name, value in found.items() if stated.get(name, value) != value]
-    except (OSError, ValueError, AttributeError, RecursionError):
-        raise InputError(f"{path}: not a JSON object; data/prepare.py writes one") from None
     for name in other:
         raise InputError(f"DATA_PATH={c.data_path}: {name} is {found[name]}; its manifest.json states {stated[name]}")
     return stated
@@ -539,11 +575,9 @@ class Tokenizer:
         path = c.tokenizer_path or os.path.join(c.data_path, "tokenizer.model")
         if not os.path.isfile(path):
             raise InputError(f"TOKENIZER_PATH={path}: no such file")
-        self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        try:
+        with refusing(f"TOKENIZER_PATH={path}: not a SentencePiece model"):
+            self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
             self.sp = sentencepiece.SentencePieceProcessor(model_file=path)
-        except RuntimeError:
-            raise InputError(f"TOKENIZER_PATH={path}: not a SentencePiece model") from None
         self.check(path, c, trained_with)
         self.bos_id, ids = c.bos_id, range(c.vocab_size)
         # Int64 [V], right after a BOS and elsewhere: a decoder may drop a document's leading space.
@@ -600,6 +634,7 @@ class TrainLoader:
         self.averaging = min(-(-self.AVERAGING_TOKENS // self.seq_len), tenth)
         self.held_out = max(self.averaging, min(calibration, tenth))
         self.n = spans - self.held_out
+        self.held = self.rows(range(self.n, self.n + self.held_out))  # in memory: the export must not need the files
         self.offset = int(np.random.default_rng(c.seed).integers(self.n))
         candidates = range(max(1, round(0.618 * self.n)), 2 * self.n + 2)
         self.stride = next(s for s in candidates if math.gcd(s, self.n) == 1)
@@ -626,12 +661,11 @@ class TrainLoader:
     def averaging_rows(self) -> Tensor:
         """Return this rank's part of the held-out spans on which averages are chosen."""
         mine = self.dist.share(self.averaging, start=self.n)
-        return self.rows(range(mine.start, mine.stop)).to(self.dist.device)
+        return self.held[mine.start - self.n : mine.stop - self.n].to(self.dist.device)
 
     def calibration_text(self) -> Tensor:
         """Return the held-out spans in the order of the text: int64 [MIXER_CALIBRATION_TOKENS] at most."""
-        text = self.rows(range(self.n, self.n + self.held_out))[:, :-1].flatten()
-        return text[: self.c.mixer_calibration_tokens].to(self.dist.device)
+        return self.held[:, :-1].flatten()[: self.c.mixer_calibration_tokens].to(self.dist.device)
 
 
 @dataclass(frozen=True)
@@ -1349,7 +1383,8 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
         if step <= 5 or step % c.train_log_every == 0 or step >= total:
             loss = dist.sum(nll).item() / c.batch_tokens
             if not math.isfinite(loss):
-                raise InputError(f"train_loss={loss} at step {step}: lower MATRIX_LR={c.matrix_lr}?")
+                rates = f"MATRIX_LR={c.matrix_lr}, SCALAR_LR={c.scalar_lr} and TIED_EMBED_LR={c.tied_embed_lr}"
+                raise InputError(f"train_loss={loss} at step {step}: allowed is a finite one; try lower {rates}")
             log_step(step, f"train_loss:{loss:.4f}", clock.seconds(), c)
         if c.val_loss_every and step % c.val_loss_every == 0:
             elapsed, predictor = clock.seconds(), SlidingWindow("roundtrip", called, c, dist, stride=c.eval_seq_len)
@@ -1541,10 +1576,12 @@ def quantize(model: GPT, infos: dict[str, HessianInfo], log2_step: float, c: Con
 
 @torch.no_grad()
 def load_codes(model: GPT, quantized: Quantized) -> None:
-    """Put an artifact's quantized weights into the model; the scalars stay as they are."""
+    """Put an artifact's weights into the model: the quantized ones, and the scalars as float16 holds them."""
     for name, p in quantized_parameters(model).items():
         codes, grid = quantized[name]
         p.copy_(codes * grid.steps())
+    for p in by_role(model, "scalar").values():
+        p.copy_(p.half())
 
 
 LEAST_BITS = 1.2  # entropy of a Gaussian weight at a step of two standard deviations, the coarsest
@@ -1615,7 +1652,14 @@ PREFIX = struct.Struct("<5sBI")  # magic, version, header bytes
 # Codes hardly repeat: the cheapest match finder costs no byte and a sixth of preset 9e's time (logs/lzma_filters.txt).
 LZMA = dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=0, pb=0, dict_size=4096, mf=lzma.MF_HC4, nice_len=273, depth=1)
 compress = functools.partial(lzma.compress, format=lzma.FORMAT_RAW, filters=[LZMA])
-decompress = functools.partial(lzma.decompress, format=lzma.FORMAT_RAW, filters=[LZMA])
+
+
+def decompress(data: bytes, n_bytes: int) -> bytes:
+    """Return the n_bytes that `compress` was given. Raise ValueError where the data hold more or fewer."""
+    found = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[LZMA]).decompress(data, n_bytes + 1)
+    if len(found) != n_bytes:
+        raise ValueError(f"{len(data)} bytes of LZMA do not hold {n_bytes}")
+    return found
 
 
 def as_bytes(tensors) -> bytes:
@@ -1656,61 +1700,68 @@ def pack(model: GPT, quantized: Quantized, net: BiasNet, c: Config, tokenizer_sh
 
 def read_artifact(path: str | Path) -> tuple[dict, dict[str, bytes]]:
     """Return (header with the file's size and sha256, parts as stored). Raise InputError if the file was altered."""
-    try:
+    with refusing(f"ARTIFACT_PATH={path}: not an artifact of this script"):
         data = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"ARTIFACT_PATH={path}: {error.strerror}") from None
-    if len(data) < PREFIX.size or data[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
-        raise InputError(f"ARTIFACT_PATH={path}: not an artifact; it must begin with {ARTIFACT_MAGIC.decode()}")
-    _, version, header_bytes = PREFIX.unpack_from(data)
-    if version != ARTIFACT_VERSION:
-        raise InputError(f"ARTIFACT_PATH={path}: version {version}; allowed is {ARTIFACT_VERSION}")
-    digest, body = data[PREFIX.size : PREFIX.size + 32], data[PREFIX.size + 32 :]
-    if hashlib.sha256(data[: PREFIX.size] + body).digest() != digest:
-        raise InputError(f"ARTIFACT_PATH={path}: checksum differs; the file is truncated or altered")
-    header = {**json.loads(body[:header_bytes]), "file_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    ends = np.cumsum([header_bytes, *header["parts"].values()])
-    return header, {part: body[a:b] for part, a, b in zip(header["parts"], ends, ends[1:], strict=False)}
+        if len(data) < PREFIX.size or data[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
+            raise InputError(f"ARTIFACT_PATH={path}: not an artifact; it must begin with {ARTIFACT_MAGIC.decode()}")
+        _, version, header_bytes = PREFIX.unpack_from(data)
+        if version != ARTIFACT_VERSION:
+            raise InputError(f"ARTIFACT_PATH={path}: version {version}; allowed is {ARTIFACT_VERSION}")
+        digest, body = data[PREFIX.size : PREFIX.size + 32], data[PREFIX.size + 32 :]
+        if hashlib.sha256(data[: PREFIX.size] + body).digest() != digest:
+            raise InputError(f"ARTIFACT_PATH={path}: checksum differs; the file is truncated or altered")
+        header = json.loads(body[:header_bytes]) | dict(file_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        ends = np.cumsum([header_bytes, *header["parts"].values()]).tolist()
+        if ends != sorted(ends) or ends[-1] != len(body):
+            raise InputError(f"ARTIFACT_PATH={path}: parts that end at {ends[-1]}; allowed is {len(body)}, the end")
+        return header, {part: body[a:b] for part, a, b in zip(header["parts"], ends, ends[1:], strict=False)}
 
 
 def with_artifact(c: Config, header: dict, env: dict[str, str]) -> Config:
     """Return the settings with the artifact's own. Raise InputError where the environment asks for another model."""
-    kept = {name: tuple(v) if isinstance(v, list) else v for name, v in (header["score"] | header["shape"]).items()}
-    for name in header["shape"]:
-        if name.upper() in env and getattr(c, name, None) != kept[name]:
-            raise InputError(f"{name.upper()}={show(getattr(c, name))}: the artifact's model has {show(kept[name])}")
+    fields = [(f, mark) for f in dataclasses.fields(c) for mark in ("shape", "score") if f.metadata[mark]]
+    asked = {name for name in c.marked("score") if name.upper() in env}
     try:
-        return dataclasses.replace(c, **{n: v for n, v in kept.items() if n in header["shape"] or n.upper() not in env})
-    except TypeError as error:
+        kept = {f.name: parse(f, show(header[mark][f.name])) for f, mark in fields}  # whatever else the header names
+        loaded = dataclasses.replace(c, **{name: value for name, value in kept.items() if name not in asked})
+    except Exception as error:
         raise InputError(f"ARTIFACT_PATH={c.artifact_path}: its settings are not this script's ({error})") from None
+    for name, value in c.marked("shape").items():
+        if name.upper() in env and value != kept[name]:
+            raise InputError(f"{name.upper()}={show(value)}: the artifact's model has {show(kept[name])}")
+    return loaded
 
 
+@refusing("ARTIFACT_PATH: not an artifact of this script")
 def unpack(parts: dict[str, bytes], c: Config, device: torch.device) -> tuple[GPT, BiasNet]:
-    """Return the model and the mixer that an artifact's parts hold."""
+    """Return the model and the mixer that an artifact's parts hold. Raise InputError where they are none."""
+    with torch.device("meta"):  # takes no memory
+        n_weights = sum(p.numel() for p in GPT(c).parameters())
+    if n_weights > 8 * sum(map(len, parts.values())):
+        raise InputError(f"ARTIFACT_PATH={c.artifact_path}: {n_weights} weights in less than a bit each")
     model, net = make_model(c, device), BiasNet(c)
     quantized = quantized_parameters(model)
     shapes = [p.shape for p in quantized.values()]
 
-    def read(raw: bytes, dtype: str, shapes: list) -> list[Tensor]:
+    def read(part: str, dtype: str, shapes: list, packed: bool = True) -> list[Tensor]:
+        sizes = [math.prod(shape) for shape in shapes]
+        raw = decompress(parts[part], sum(sizes) * np.dtype(dtype).itemsize) if packed else parts[part]
         numbers = torch.from_numpy(np.frombuffer(raw, dtype).copy())
-        return [x.view(s) for x, s in zip(numbers.split([math.prod(s) for s in shapes]), shapes, strict=True)]
+        return [x.view(s) for x, s in zip(numbers.split(sizes), shapes, strict=True)]
 
-    scales = read(decompress(parts["scales"]), "<f2", [(n if c.quant == "int6" else 1,) for n, _ in shapes])
-    rows, caps = (read(decompress(parts[name]), "i1", [(n,) for n, _ in shapes]) for name in ("rows", "caps"))
-    columns = read(decompress(parts["columns"]), "i1", [(n,) for _, n in shapes])
+    scales = read("scales", "<f2", [(n if c.quant == "int6" else 1,) for n, _ in shapes])
+    rows, caps = (read(part, "i1", [(n,) for n, _ in shapes]) for part in ("rows", "caps"))
+    columns = read("columns", "i1", [(n,) for _, n in shapes])
     grids = list(map(Grid, scales, rows, columns, caps, (code_limit(p.role, c) for p in quantized.values())))
-    if c.codec == "lzma":
-        codes = decompress(parts["codes"])
-    else:
-        frequencies = np.frombuffer(decompress(parts["frequencies"]), "<u2").reshape(N_TABLES, 256).astype(np.int64)
+    if c.codec == "rans":
+        frequencies = read("frequencies", "<u2", [(N_TABLES, 256)])[0].numpy().astype(np.int64)
         tables = np.frombuffer(as_bytes(grid.exponents() for grid in grids), dtype=np.uint8)
-        codes = rans_decode(parts["codes"], tables, frequencies).tobytes()
-    load_codes(model, dict(zip(quantized, zip(read(codes, "i1", shapes), grids, strict=True), strict=True)))
-    scalars, weights = list(by_role(model, "scalar").values()), list(net.parameters())
-    with torch.no_grad():
-        for params, raw in ((scalars, decompress(parts["float16"])), (weights, parts["mixer"])):
-            for p, x in zip(params, read(raw, "<f2", [p.shape for p in params]), strict=True):
-                p.copy_(x)
+        parts = {**parts, "codes": rans_decode(parts["codes"], tables, frequencies).tobytes()}
+    codes = read("codes", "i1", shapes, packed=c.codec == "lzma")
+    load_codes(model, dict(zip(quantized, zip(codes, grids, strict=True), strict=True)))
+    for part, params in (("float16", list(by_role(model, "scalar").values())), ("mixer", list(net.parameters()))):
+        stored = read(part, "<f2", [p.shape for p in params], packed=part == "float16")
+        torch._foreach_copy_([p.detach() for p in params], stored)
     return model.to(device), net.to(device)
 
 
@@ -1744,6 +1795,8 @@ def rans_encode(values: np.ndarray, tables: np.ndarray, frequencies: np.ndarray)
 
 def rans_decode(data: bytes, tables: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
     """Return the uint8 [n] that `rans_encode` was given."""
+    if (frequencies.sum(1) != 1 << RANS_BITS).any():
+        raise ValueError("frequencies that do not sum to one")
     frequency, first = (x.ravel().astype(np.uint64) for x in (frequencies, frequencies.cumsum(1) - frequencies))
     value_at = np.tile(np.arange(256, dtype=np.uint8), len(frequencies)).repeat(frequencies.ravel())
     state = np.frombuffer(data[: 4 * RANS_LANES], dtype="<u4").astype(np.uint64)
@@ -1760,18 +1813,18 @@ def rans_decode(data: bytes, tables: np.ndarray, frequencies: np.ndarray) -> np.
     return values
 
 
-def export(model: GPT, loader: TrainLoader, path: Path, tokenizer_sha256: str, c: Config, dist: Dist) -> None:
-    """Quantize the averaged model to TARGET_BYTES, fit the mixer on the quantized model's rows, write the artifact."""
+def export(model: GPT, loader: TrainLoader, batch: Tensor, tokenizer_sha256: str, c: Config, dist: Dist) -> None:
+    """Quantize the averaged model by its Hessians on a batch, fit the mixer on its rows, write the artifact."""
     called, net = compiled(model, c, dist.device), BiasNet(c).to(dist.device)
     before = held_out_loss(called, loader, c, dist)
-    infos = measure_hessians(model, loader.run_rows(0, max(1, c.gptq_tokens // c.train_seq_len)), dist)
+    infos = measure_hessians(model, batch, dist)
     quantized = dist.broadcast(fit_to_size, model, infos, net, c, tokenizer_sha256)
     load_codes(model, quantized)
     after = held_out_loss(called, loader, c, dist)
     log.info(f"quantization: float:{before:.5f} stored:{after:.5f} gap:{after - before:+.5f}")
     if "maxent" in (c.hedge_experts if c.mixer == "hedge" else [c.mixer]):
         calibrate(model, net, loader, c, dist)
-    dist.broadcast(lambda: write_atomically(path, pack(model, quantized, net, c, tokenizer_sha256)))
+    dist.broadcast(lambda: write_atomically(Path(c.artifact_path), pack(model, quantized, net, c, tokenizer_sha256)))
 
 
 def quant_label(c: Config) -> str:
@@ -2509,8 +2562,10 @@ def log_start(c: Config, dist: Dist, stream: Stream | None) -> None:
     log.info("\n".join(lines))
 
 
-def write_records(record: dict, scores: dict[str, Score], stream: Stream | None, c: Config) -> None:
+def write_records(record: dict, scores: dict[str, Score], stream: Stream | None, c: Config, dist: Dist) -> None:
     """Write LOG_DIR/RUN_ID.json, and the final stage's per-token record if SCORES_PATH asks for it."""
+    if not dist.is_main:
+        return
     write_atomically(Path(c.log_dir) / f"{c.run_id}.json", (json.dumps(record, indent=1) + "\n").encode())
     if c.scores_path and scores:
         nll, token, n_bytes = (x.numpy() for x in (scores[c.stages[-1]].nll, stream.tokens[1:], stream.token_bytes))
@@ -2534,11 +2589,12 @@ def train_and_export(tokenizer_sha256: str, c: Config, dist: Dist, stream: Strea
     model, loader = make_model(c, dist.device).init_weights(c.seed).to(dist.device), TrainLoader(c, dist)
     log.info(f"model_params:{sum(p.numel() for p in model.parameters())}")
     log.info(f"artifact_budget:{artifact_budget(model, c)} bytes beside the script")
+    batch = loader.run_rows(0, max(1, c.gptq_tokens // c.train_seq_len))  # for the export, read before it
     averages, clock, record = train(model, loader, c, dist, stream)
     stepped = record["seconds"]
     choose_average(model, averages, loader, c, dist)
     averaged = clock.seconds()
-    export(model, loader, Path(c.artifact_path), tokenizer_sha256, c, dist)
+    export(model, loader, batch, tokenizer_sha256, c, dist)
     total, cap = clock.seconds(), c.max_wallclock_seconds
     seconds = dict(steps=stepped, averaging=averaged - stepped, export=total - averaged, total=total)
     record["seconds"] = {part: round(value, 3) for part, value in seconds.items()}
@@ -2556,26 +2612,31 @@ def execute(c: Config, env: dict[str, str], dist: Dist) -> None:
     """Run the phases in order: data, training, artifact, stages, records."""
     packed = dist.broadcast(read_artifact, c.artifact_path) if c.phase == "eval" else None
     c = with_artifact(c, packed[0], env) if packed else c
-    run_id = dist.broadcast(lambda: c.run_id or time.strftime("%Y%m%d_%H%M%S") + f"_seed{c.seed}")
+    now = time.strftime("%Y%m%d_%H%M%S")
+    run_id = dist.broadcast(lambda: c.run_id or f"{now}_seed{c.seed}_{os.getpid()}")
     path = c.artifact_path or f"{c.log_dir}/{run_id}.artifact"
     c = dataclasses.replace(c, run_id=run_id, artifact_path=path)
     tokenizer = Tokenizer(c, packed[0]["tokenizer"] if packed else "")
     stream = None if c.phase == "train" and not c.val_loss_every else Stream(c, dist.device, tokenizer)
-    open_log(c, dist)
-    log_start(c, dist, stream)
-    trained = None if c.phase == "eval" else train_and_export(tokenizer.sha256, c, dist, stream)
-    header, parts = packed or dist.broadcast(read_artifact, path)  # from here on, only what the file says counts
-    artifact, stages, scores = size_record(Path(path), header, c), {}, {}
-    if c.phase != "train":
-        stages, scores = evaluate(*unpack(parts, c, dist.device), c, dist, tokenizer, stream)
-    final, kernels = c.stages[-1] if stages else None, dataclasses.asdict(choose_kernels(c, dist.device))
-    record = dict(run_id=run_id, seed=c.seed, config=dataclasses.asdict(c), hardware=hardware(dist))
-    record |= dict(versions=versions(), kernels=kernels, train=trained, artifact=artifact, stages=stages)
-    record |= dict(final_stage=final, val_bpb=stages[final]["val_bpb"] if final else None)
-    if dist.is_main:
-        write_records(record, scores, stream, c)
-    if final:
-        log_final(record)
+    created = open_log(c, dist)
+    try:
+        log_start(c, dist, stream)
+        trained = None if c.phase == "eval" else train_and_export(tokenizer.sha256, c, dist, stream)
+        header, parts = packed or dist.broadcast(read_artifact, path)  # from here on, only what the file says counts
+        artifact, kernels = size_record(Path(path), header, c), dataclasses.asdict(choose_kernels(c, dist.device))
+        record = dict(run_id=run_id, seed=c.seed, config=dataclasses.asdict(c), hardware=hardware(dist))
+        record |= dict(versions=versions(), kernels=kernels, train=trained, artifact=artifact, stages={})
+        record |= dict(final_stage=None, val_bpb=None)
+        write_records(record, {}, stream, c, dist)  # before scoring, which may be ended
+        if c.phase != "train":
+            record["stages"], scores = evaluate(*unpack(parts, c, dist.device), c, dist, tokenizer, stream)
+            record["final_stage"], record["val_bpb"] = c.stages[-1], record["stages"][c.stages[-1]]["val_bpb"]
+            write_records(record, scores, stream, c, dist)
+            log_final(record)
+    finally:
+        for file in created:  # what a run that failed leaves empty
+            if file.is_file() and not file.stat().st_size:
+                file.unlink()
 
 
 def main() -> int:
@@ -2585,10 +2646,10 @@ def main() -> int:
         config = Config.from_env(env)
         dist = open_dist(config)
         execute(config, env, dist)
-    except InputError as error:
+    except (InputError, OSError, KeyboardInterrupt) as error:
         if env.get("RANK", "0") != "0":
             time.sleep(5)  # if the main rank met it too, torchrun ends this one before it says the same again
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr, flush=True)
         return 2  # without waiting for the other ranks, which may be in a collective that never ends
     dist.close()
     return 0
@@ -2596,5 +2657,6 @@ def main() -> int:
 
 if __name__ == "__main__":
     status = main()
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     os._exit(status)  # everything is written; gloo's threads can abort an interpreter that shuts down

@@ -125,6 +125,23 @@ def test_every_changed_byte_and_another_predictor_are_noticed(run):
     assert_noticed(changed(run, stages=("ttt",)), data)
 
 
+def test_a_file_that_ends_before_its_tokens_is_refused_at_once(run):
+    """Eight bytes that name 768,450 tokens made the decoder read zeros for hours."""
+    sliding = changed(run, stages=("sliding",))
+    with pytest.raises(InputError, match="3 bytes of words end before the 768450 tokens"):
+        codec.decode(sliding.predictor(), b"\xb7\xc2\xf3.\x10qd{abc"[:11], run.c.bos_id, CHUNK)
+
+
+def test_bytes_behind_the_words_are_refused(run):
+    sliding = changed(run, stages=("sliding",))
+    tokens = run.stream().tokens[:41]
+    data = codec.encode(sliding.predictor(), tokens.clone(), CHUNK)
+    assert torch.equal(codec.decode(sliding.predictor(), data, run.c.bos_id, CHUNK), tokens)
+    for behind in (b"x", b"\0", b"garbage" * 9):
+        with pytest.raises(InputError, match="nothing behind the words"):
+            codec.decode(sliding.predictor(), data + behind, run.c.bos_id, CHUNK)
+
+
 @given(st.integers(1, 200), st.integers(2, 500), st.floats(0.1, 20), st.integers(0, 2**31))
 def test_the_coder_gives_back_any_symbols_within_a_byte_of_their_information(n, vocab_size, spread, seed):
     generator = torch.Generator().manual_seed(seed)

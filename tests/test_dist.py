@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import os
+import shutil
 import socket
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -63,7 +67,13 @@ def join(started):
 
 def on_one_rank(rank, port, path):
     """Everything two ranks do together; each rank's results go to a file of its own."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE=str(WORLD),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TORCHELASTIC_RUN_ID="test",
+    )
     torch.set_num_threads(1)
     dist = open_dist(Config(device="cpu"))
     found = dict(rank=dist.rank, world_size=dist.world_size, is_main=dist.is_main, device=str(dist.device))
@@ -261,7 +271,7 @@ def test_a_folder_in_a_files_place_is_refused_before_the_run(setting, opened, tm
 
 def test_a_file_in_a_folders_place_is_refused_before_the_run(opened, tmp_path):
     (tmp_path / "logs").write_bytes(b"x")
-    with pytest.raises(InputError, match="a folder that can be written"):
+    with pytest.raises(InputError, match="allowed is a folder that can be written.*Not a directory"):
         opened(log_dir=str(tmp_path / "logs" / "new"))
     assert files_in(tmp_path) == {"logs": b"x"}
 
@@ -273,10 +283,41 @@ def test_an_artifact_to_score_may_exist(opened, tmp_path):
     assert (tmp_path / "logs" / "r.txt").is_file() and path.read_bytes() == b"x"
 
 
+def test_the_same_name_for_two_files_is_refused(opened, tmp_path):
+    with pytest.raises(InputError, match="File exists"):
+        opened(artifact_path=str(tmp_path / "x"), scores_path=str(tmp_path / "x"))
+    with pytest.raises(InputError, match="File exists"):
+        opened(run_id="s", scores_path=str(tmp_path / "s.txt"))
+
+
+def test_too_little_space_is_refused_before_the_run(opened, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match="TARGET_BYTES=5000 free.*less is free"):
+        opened(target_bytes=5000)
+
+
+class Full:
+    """A file on a full disk."""
+
+    def write(self, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    flush = write
+
+
+def test_a_full_disk_or_a_closed_screen_ends_no_run(opened, tmp_path, monkeypatch, capsys):
+    opened()
+    for handler in train_gpt.log.handlers:
+        if isinstance(handler, logging.FileHandler):
+            monkeypatch.setattr(handler, "stream", Full())
+    train_gpt.log.info("on the screen only")
+    assert "on the screen only" in capsys.readouterr().out
+
+
 def test_folders_are_made_where_the_run_will_write(opened, tmp_path):
     paths = dict(artifact_path=tmp_path / "a" / "b" / "x.artifact", scores_path=tmp_path / "c" / "x.npz")
     opened(log_dir=str(tmp_path / "d"), **{name: str(path) for name, path in paths.items()})
-    assert all(path.parent.is_dir() and not path.exists() for path in paths.values())
+    assert all(path.read_bytes() == b"" for path in paths.values())  # claimed
     assert (tmp_path / "d" / "r.txt").is_file()
 
 
@@ -309,6 +350,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("no space")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(InputError, match="x.json cannot be written") as caught:
         write_atomically(path, b"second")
     assert files_in(path.parent) == {"x.json": b"first"}
+    assert Path(str(caught.value).rpartition(" ")[2]).read_bytes() == b"second"

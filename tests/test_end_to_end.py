@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -12,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -187,7 +189,7 @@ def test_the_fields_scripts_find_their_lines(whole_run, tiny_data):
     n = len(read_shard(tiny_data / "x_val_000000.bin")) - 1
     assert only(whole_run, r"seed:(\d+)") == ("1337",)
     assert only(whole_run, r"world_size:(\d+) grad_accum_steps:(\d+)") == ("1", "2")
-    shards = only(whole_run, r"val_loader:shards pattern=(\S+) tokens:(\d+) documents:(\d+)")
+    shards = only(whole_run, r"val_loader:shards pattern=(\S+) tokens:(\d+) documents:(\d+) no manifest: .*")
     assert shards == (f"{tiny_data}/*_val_*.bin", str(n), "16")
     assert only(whole_run, r"train_loader:dataset:(\S+) train_shards:(\d+) .*")[1] == "2"
     total, cap, margin = only(whole_run, r"Total submission size int6\+lzma: (\d+) bytes cap:(\d+) margin:(\d+)")
@@ -308,6 +310,7 @@ def test_the_record_has_every_key(whole_run):
     assert {"path", "sha256", "code_bytes", "model_bytes", "total_bytes", "cap_bytes"} <= set(record["artifact"])
     assert list(record["stages"]) == list(STAGES)
     common = {"val_loss", "val_bpb", "seconds", "tokens", "bytes", "documents", "whole_stream", "max_sum_error"}
+    common |= {"has_manifest"}
     for stage, row in record["stages"].items():
         adapts = {"adapted_chunks", "chunks", "ttt_stop"} if stage in ("ttt", "mixed") else set()
         assert set(row) == common | adapts
@@ -539,7 +542,7 @@ def test_validation_during_training_is_logged(trained_by_two):
 def test_a_score_of_part_of_the_stream_is_named_so_wherever_it_stands(by_hessian):
     row = by_hessian.record["stages"]["mixed"]
     assert row["tokens"] == 500 and row["whole_stream"] is False
-    assert len(matching(by_hessian, r"val_loader:.* tokens:500 .* partial: the stream goes on")) == 1
+    assert len(matching(by_hessian, r"val_loader:.* tokens:500 .* partial: the stream goes on no manifest.*")) == 1
     lines = matching(by_hessian, r"(final_hessian_\w+|legal_ttt|mixed)(_exact)? val_loss.*")
     assert len(lines) == 8 and all(line.endswith(" partial:500_tokens") for line in lines)
     assert by_hessian.lines[-1].endswith("PARTIAL stream")
@@ -612,9 +615,97 @@ def test_a_run_that_exists_is_refused_and_left_as_it_is(run, whole_run, folder):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_no_artifact(run):
-    refused = run("diverged", matrix_lr=1e30)
-    assert_refused(refused, "train_loss=", "MATRIX_LR=1e+30")
+    refused = run("diverged", matrix_lr=1e15)
+    assert_refused(refused, "train_loss=nan", "MATRIX_LR=1000000000000000.0", "SCALAR_LR=")
     assert refused.record is None and not refused.artifact.exists()
+
+
+def test_the_record_of_training_is_there_before_scoring_begins(run, monkeypatch):
+    def ended(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_gpt, "evaluate", ended)
+    refused = run("ended")
+    assert_refused(refused, "interrupted")
+    record = refused.record
+    assert record["train"]["steps"] == TINY["iterations"] and record["val_bpb"] is None and record["stages"] == {}
+    assert record["artifact"]["sha256"] == read_artifact(refused.artifact)[0]["sha256"]
+
+
+def test_an_artifact_that_cannot_be_written_is_kept_elsewhere(run, monkeypatch, tmp_path):
+    replace = os.replace
+
+    def full(source, target):
+        if str(target).endswith(".artifact"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    refused = run("full", phase="train")
+    assert_refused(refused, "full.artifact cannot be written (No space left on device): a copy is kept in ")
+    assert read_artifact(refused.stderr.split()[-1]) and not refused.artifact.exists() and refused.lines
+
+
+def test_the_data_may_vanish_once_training_has_begun(run, tiny_data, tmp_path, monkeypatch):
+    """The shards are open, and what scoring needs is in memory."""
+    folder = shutil.copytree(tiny_data, tmp_path / "data")
+    choose = train_gpt.choose_average
+
+    def vanish(*arguments):
+        shutil.rmtree(folder)
+        choose(*arguments)
+
+    monkeypatch.setattr(train_gpt, "choose_average", vanish)
+    found = finished(run("vanished", data_path=str(folder), stages=("roundtrip",)))
+    assert not folder.exists() and found.record["val_bpb"] > 0
+
+
+@pytest.mark.slow
+def test_of_two_runs_of_one_name_one_is_refused(settings, folder):
+    env = settings("twice", phase="train", iterations=2)
+    both = [
+        subprocess.Popen([sys.executable, str(SCRIPT)], env=env, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [process.communicate(timeout=600)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], said
+    assert "RUN_ID=twice" in "".join(said) or "File exists" in "".join(said)
+    assert read_artifact(folder / "twice.artifact")
+
+
+@pytest.mark.parametrize(
+    "left",
+    [dict(RANK="0", WORLD_SIZE="2"), dict(RANK="abc"), dict(WORLD_SIZE="0"), dict(RANK="3", WORLD_SIZE="2")],
+    ids=str,
+)
+def test_what_torchrun_left_in_the_environment_is_named(run, left):
+    names = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
+    assert_refused(run("left", extra=names | left), "RANK, WORLD_SIZE, LOCAL_RANK: allowed are those of torchrun")
+
+
+@pytest.mark.slow
+def test_a_closed_screen_ends_no_run(settings, folder):
+    env = settings("closed", phase="train", iterations=2)
+    process = subprocess.Popen([sys.executable, str(SCRIPT)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    assert process.wait(600) == 0 and said == ""
+    assert read_artifact(folder / "closed.artifact") and "train_seconds" in (folder / "closed.txt").read_text()
+
+
+@pytest.mark.slow
+def test_no_rank_outlives_torchrun(settings, folder):
+    """SIGKILL leaves torchrun no time to end its ranks."""
+    env = settings("orphans", iterations=10**6)
+    process = subprocess.Popen([sys.executable, *TORCHRUN, str(SCRIPT)], env=env, stdout=subprocess.DEVNULL)
+    log, deadline = folder / "orphans.txt", time.monotonic() + 300
+    while "step:2/" not in (log.read_text() if log.is_file() else "") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    ranks = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    process.kill()
+    process.wait()
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(ranks) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
 def test_another_model_than_the_artifacts_is_refused(run, whole_run):

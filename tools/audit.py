@@ -17,7 +17,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -31,6 +30,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import box
 import codec
 import runs
 import train_gpt
@@ -493,39 +493,14 @@ def run_hashes(tokens: np.ndarray) -> np.ndarray:
     return number
 
 
-GUARD = """
-import os, runpy, site, sys
-folders = [os.getcwd(), sys.prefix, sys.base_prefix, *site.getsitepackages(), site.getusersitepackages()]
-folders = [os.path.realpath(x) + os.sep for x in (*folders, "/usr", "/lib", "/lib64", "/etc", "/proc", "/sys", "/dev")]
-def refuse(event, arguments):
-    if event == "open" and isinstance(arguments[0], str):
-        path = os.path.realpath(arguments[0])
-        if os.path.exists(path) and not (path + os.sep).startswith(tuple(folders)):
-            raise PermissionError(f"{path} is outside what this process may read")
-sys.argv = sys.argv[1:]
-sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-sys.addaudithook(refuse)
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def in_a_folder_of_its_own(folder: str, script: Path, *arguments: str, **env: str) -> tuple[int, str]:
-    """Run a copy of a script there; outside it can open Python's own files only. Return (status, its last words)."""
+def in_a_box(folder: str, script: Path, *arguments: str, **env: str) -> tuple[int, str]:
+    """Run a copy of a script there, where it can read that folder only. Return (status, its last words)."""
     here = Path(folder, script.parent.name, script.name)
     here.parent.mkdir(exist_ok=True)
     shutil.copy(script, here)
-    command = [sys.executable, "-c", GUARD, str(here), *arguments]
-    environment = {**outside_settings(), "TMPDIR": folder, **env}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = box.run(folder, [str(here.relative_to(folder)), *arguments], **env)
     said = done.stderr.strip().splitlines()
     return done.returncode, f": {said[-1]}" if done.returncode and said else ""
-
-
-def outside_settings() -> dict[str, str]:
-    """Return the environment without what belongs to a run."""
-    belongs = {f.name.upper() for f in dataclasses.fields(Config)}
-    belongs |= {"RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH", "TRITON_INTERPRET"}
-    return {name: value for name, value in os.environ.items() if name not in belongs}
 
 
 def as_setting(value):
@@ -544,6 +519,8 @@ def training_text_only(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """
     if subject.training is None:
         return False, "no record of the training was given"
+    if reason := box.why_open():
+        return False, f"NOT ISOLATED: {reason}"
     artifacts = [dry_run(subject, part) for part in range(2)]
     alike = bool(artifacts[0][0]) and artifacts[0][0] == artifacts[1][0]
     said = "".join(dict.fromkeys(said for _, said in artifacts))
@@ -574,9 +551,8 @@ def dry_run(subject: Subject, part: int) -> tuple[bytes, str]:
         shutil.copy(tokenizer_path(c), data / "tokenizer.model")
         (data / "x_train_000000.bin").write_bytes(as_shard(shard[:n]))
         (data / "x_val_000000.bin").write_bytes(as_shard(np.concatenate([[c.bos_id], validation])))
-        status, said = in_a_folder_of_its_own(folder, subject.script, **stated)
-        path = Path(folder, "logs", "dry_run.artifact")
-        return path.read_bytes() if status == 0 and path.is_file() else b"", said
+        status, said = in_a_box(folder, subject.script, **stated)
+        return box.left(folder, "logs/dry_run.artifact") if status == 0 else b"", said
 
 
 def as_shard(tokens: np.ndarray) -> bytes:
@@ -628,6 +604,8 @@ def time(subject: Subject, passes: Passes) -> tuple[bool, str]:
 
 def decoded(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """Check that another process decodes the text from artifact, tokenizer and as many bits as the record states."""
+    if reason := box.why_open():
+        return False, f"NOT ISOLATED: {reason}"
     head, c, stop = subject.head, subject.c, subject.ttt_stop
     data = codec.encode(subject.predictor(stop), head.tokens.to(subject.dist.device), subject.chunk_tokens)
     by_token = None if subject.chunks else per_token_record(subject)
@@ -643,8 +621,8 @@ def decoded(subject: Subject, passes: Passes) -> tuple[bool, str]:
         named += () if stop is None else ("--ttt-chunks", str(stop))
         env = dict(STAGES=subject.stage, DEVICE=c.device, DTYPE=c.dtype, MICRO_BATCH_TOKENS=str(c.micro_batch_tokens))
         env |= dict(TTT_CHUNK_TOKENS=str(c.ttt_chunk_tokens)) if subject.chunks else {}
-        status, said = in_a_folder_of_its_own(folder, Path(codec.__file__), "decode", *named, **env)
-        text = Path(folder, "text").read_bytes() if status == 0 else b""
+        status, said = in_a_box(folder, Path(codec.__file__), "decode", *named, **env)
+        text = box.left(folder, "text") if status == 0 else b""
     equal = text == codec.as_text(head.tokens, subject.tokenizer)
     close = abs(8 * len(data) - bits) <= FILE_TOLERANCE * bits + 64
     source = "this pass" if by_token is None else "the run"
@@ -779,7 +757,7 @@ def main() -> int:
         found = audit(subject, watch(subject), say=say)
         if args.report:
             report = (json.dumps(report_of(subject, found), indent=1) + "\n").encode()
-            codec.write(args.report, report)
+            train_gpt.write_atomically(Path(args.report), report)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
 import os
 import sys
 from pathlib import Path
@@ -36,7 +37,8 @@ from runs import be_deterministic, load_run
 from train_gpt import InputError, Tokenizer
 
 MAGIC = b"\xb7"  # one byte: a file is measured by its length
-CHECKSUM_BYTES, MOST_TOKENS = 4, 2**31 - 1
+CHECKSUM_BYTES, MOST_TOKENS = 4, 2**27  # twice the competition's validation text
+SLACK_BITS = 72  # a coder's interval may be so much narrower than the file says
 UNKNOWN = 0  # stands where the decoder knows no token yet
 
 
@@ -134,15 +136,29 @@ def decode(predictor, data: bytes, bos_id: int, chunk_tokens: int) -> Tensor:
     if data[:1] != MAGIC:
         raise InputError(f"encoded file: it begins with {data[:1].hex() or 'nothing'}; allowed is {MAGIC.hex()}")
     n, data = from_varint(data[1:])
-    digest, decoder = data[:CHECKSUM_BYTES], as_decoder(data[CHECKSUM_BYTES:])
+    digest, words = data[:CHECKSUM_BYTES], data[CHECKSUM_BYTES:]
+    decoder, encoder, bits = as_decoder(words), constriction.stream.queue.RangeEncoder(), 0.0
     tokens = torch.full((n + 1,), UNKNOWN, device=predictor.dist.device)
     tokens[0] = bos_id
+
+    def code(logp: Tensor, _: int) -> int:
+        nonlocal bits
+        model = categorical(logp)
+        token = int(decoder.decode(model))
+        encoder.encode(token, model)
+        bits -= logp[token].item() / math.log(2)
+        if bits > 8 * len(words) + SLACK_BITS:  # zeros are read behind the end
+            raise InputError(f"encoded file: {len(words)} bytes of words end before the {n} tokens that it names")
+        return token
+
     try:
-        walk(predictor, tokens, chunk_tokens, lambda logp, _: int(decoder.decode(categorical(logp))))
+        walk(predictor, tokens, chunk_tokens, code)
     except AssertionError as error:  # what constriction raises where no symbol fits
         raise InputError(f"encoded file: not decodable with this artifact ({error})") from None
     if checksum(tokens) != digest:
         raise InputError("encoded file: with this artifact, tokens with another checksum come out of it")
+    if as_bytes(encoder) != words:
+        raise InputError("encoded file: other bytes than these encode its tokens; allowed is nothing behind the words")
     return tokens
 
 
@@ -151,20 +167,13 @@ def decode(predictor, data: bytes, bos_id: int, chunk_tokens: int) -> Tensor:
 # ======================================================================================================================
 
 
-def write(path: str, data: bytes) -> None:
-    try:
-        train_gpt.write_atomically(Path(path), data)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; allowed is a file that can be written") from None
-
-
 def run_encode(args) -> None:
     run = load_run(args.artifact, args.data, VAL_TOKENS=args.tokens)
     stream = run.stream()
     data = encode(run.predictor(args.ttt_chunks), stream.tokens.to(run.dist.device), run.chunk_tokens)
-    write(args.out, data)
+    train_gpt.write_atomically(Path(args.out), data)
     if args.text:
-        write(args.text, as_text(stream.tokens, run.tokenizer))
+        train_gpt.write_atomically(Path(args.text), as_text(stream.tokens, run.tokenizer))
     n_bytes = int(stream.token_bytes.sum())
     rate = f"{8 * len(data) / n_bytes:.4f} bits a byte"
     print(f"{len(stream)} tokens, {n_bytes} bytes of text, in {len(data)} bytes: {rate}")
@@ -177,7 +186,7 @@ def run_decode(args) -> None:
     except OSError as error:
         raise InputError(f"--file={args.file}: {error.strerror}") from None
     tokens = decode(run.predictor(args.ttt_chunks), data, run.c.bos_id, run.chunk_tokens)
-    write(args.out, as_text(tokens, run.tokenizer))
+    train_gpt.write_atomically(Path(args.out), as_text(tokens, run.tokenizer))
 
 
 def documents(tokens: list[int], tokenizer: Tokenizer) -> list[str]:

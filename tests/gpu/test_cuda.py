@@ -170,9 +170,10 @@ def test_training_on_the_gpu_lowers_the_loss(tiny_config, caplog):
 def test_a_model_on_the_gpu_is_fitted_to_the_size_and_comes_back(tiny_config, tmp_path, settings):
     budget = 600_000
     target = os.path.getsize(train_gpt.__file__) + budget
-    c = tiny_config(**WIDE | settings, target_bytes=target, device="cuda")
-    model, path = model_on_gpu(c), tmp_path / "x.artifact"
-    train_gpt.export(model, TrainLoader(c, on_gpu()), path, "sha", c, on_gpu())
+    path = tmp_path / "x.artifact"
+    c = tiny_config(**WIDE | settings, target_bytes=target, device="cuda", artifact_path=str(path))
+    model, loader = model_on_gpu(c), TrainLoader(c, on_gpu())
+    train_gpt.export(model, loader, loader.run_rows(0, 8), "sha", c, on_gpu())
     assert 0.9 * budget < path.stat().st_size <= budget
     restored = train_gpt.unpack(train_gpt.read_artifact(path)[1], c, DEVICE)[0]
     for name, p in train_gpt.quantized_parameters(model).items():

@@ -1,0 +1,79 @@
+"""Run a program that can read one folder, the interpreter and its libraries, and nothing else of this machine.
+
+    done = box.run(folder, ["decode.py", "x.bits"], DEVICE="cpu")    # python decode.py x.bits, in the folder
+    text = box.left(folder, "text")
+
+Namespaces of Linux close the box, by util-linux's `unshare`, `pivot_root` and `setpriv`: a root of its own on a fresh
+tmpfs, no network, no other process, no shared memory, no descriptor but the two for output, no capability, and an
+environment of a few names. No path, link, mount or socket leads out, whatever library or program asks for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import glob
+import os
+import site
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+KEPT_NAMES = ("LANG", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG")
+SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives", "/sys/devices/system/cpu")
+DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+
+# $1: the new root. $2: the folder, which becomes /work. Then what is to be seen, up to "--", and the command.
+CLOSE = r"""
+root=$1 folder=$2; shift 2
+mount -t tmpfs tmpfs "$root"
+mkdir -p "$root/old" "$root/proc" "$root/tmp" "$root/dev/shm" "$root/work"
+see() {
+  if [ -L "$1" ]; then ln -s "$(readlink "$1")" "$root$1"; return; fi
+  mkdir -p "$root$(dirname "$1")"
+  if [ -d "$1" ]; then mkdir -p "$root$1"; else touch "$root$1"; fi
+  mount --rbind "$1" "$root$1"
+  case $1 in /dev/*) return;; esac
+  mount -o remount,bind,ro "$root$1" 2>/dev/null || mount -o remount,bind,ro,nosuid,nodev "$root$1"
+}
+while [ "$1" != -- ]; do see "$1"; shift; done; shift
+mount --bind "$folder" "$root/work"
+mount -t proc proc "$root/proc"
+cd "$root"; pivot_root . old; umount -l old; rmdir old; cd /work
+exec setpriv --no-new-privs --inh-caps=-all --bounding-set=-all -- "$@"
+"""
+
+
+def run(folder: str | Path, arguments: list[str], **env: str) -> subprocess.CompletedProcess:
+    """Run Python with the arguments in the folder, to which alone it can write. Its output is captured as text."""
+    python = [sys.prefix, sys.base_prefix, *site.getsitepackages(), site.getusersitepackages()]
+    outermost = [x for x in python if not any(x != y and Path(x).is_relative_to(y) for y in [*python, "/usr"])]
+    seen = [*SYSTEM, *DEVICES, *dict.fromkeys(outermost), *glob.glob("/dev/nvidia*")]
+    kept = {name: os.environ[name] for name in KEPT_NAMES if name in os.environ}
+    with tempfile.TemporaryDirectory() as root:
+        command = ["unshare", "--user", "--map-root-user", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork"]
+        command += ["sh", "-ec", CLOSE, "box", root, str(folder), *filter(os.path.exists, seen), "--"]
+        return subprocess.run(
+            [*command, sys.executable, *arguments],
+            env={"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/tmp", **kept, **env},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+
+
+def left(folder: str | Path, name: str) -> bytes:
+    """Return what the program left in the folder, nothing where it is no plain file: a link would lead out here."""
+    path = Path(folder).resolve() / name
+    return path.read_bytes() if path.is_file() and path.resolve() == path else b""
+
+
+@functools.cache
+def why_open() -> str:
+    """Return why this machine has no box, "" where it has one."""
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            done = run(folder, ["-c", "print('closed')"])
+        except OSError as error:
+            return f"unshare: {error.strerror}"
+    return "" if done.stdout == "closed\n" else " ".join(done.stderr.split()) or f"status {done.returncode}"
