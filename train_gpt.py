@@ -150,7 +150,7 @@ class Config:
     val_loss_every: int = setting(0, 0)  # 0 = not during training
     complement_alpha: float = setting(0.5, 0.0, 1.0)  # of the loss weights 1 - alpha * p_bigram; 0 = none
     complement_tokens: int = setting(16_000_000, 1)  # training tokens from which its bigrams are counted
-    crown_q_lambda: float = setting(1.0, 0.0)  # of the penalty on what rounding may cost, in the warmdown; 0 = none
+    crown_q_lambda: float = setting(0.1, 0.0)  # of the penalty on what rounding may cost, in the warmdown; 0 = none
     late_qat_threshold: float = setting(0.15, 0.0, 1.0)  # part of the warmdown in which weights are rounded; 0 = none
     # Optimizers and averages.
     matrix_lr: float = setting(0.025, 0.0)

@@ -480,12 +480,12 @@ def training_on_the_stream(subject, folder):
     return patched(subject, folder, honest, honest.replace("loader.batch(step)", batch))
 
 
-def text_beside_the_script(subject, folder):
+def text_beside_the_script(subject, folder, read="read_shard({!r})"):
     """Scoring opens the validation shard by its own path, and looks each target up."""
     shard = Path(train_gpt.find_shards(subject.c, "val")[0]).resolve()
     honest = "        mixed, block.logp = self.mixer.mix(block), None\n"
     peek = (
-        f"        text = torch.from_numpy(read_shard({str(shard)!r}).astype(np.int64))\n"
+        f"        text = torch.from_numpy({read.format(str(shard))}.astype(np.int64))\n"
         "        first = self.neural.seen + mine.start + 1\n"
         "        target = text[first : first + len(logp)].unsqueeze(1)\n"
         "        mixed = mixed.scatter_add(1, target, torch.ones(len(mixed), 1)).log_softmax(1)\n"
@@ -493,6 +493,12 @@ def text_beside_the_script(subject, folder):
     planted = patched(subject, folder, honest, honest + peek)
     module = runpy.run_path(str(planted.script))
     return dataclasses.replace(planted, make_predictor=module["make_predictor"])
+
+
+def text_from_another_program(subject, folder):
+    """The same by way of `cat`, which Python's own audit hooks do not see."""
+    cat = "np.frombuffer(__import__('subprocess').check_output(['cat', {!r}]), '<u2')[512:]"
+    return text_beside_the_script(subject, folder, cat)
 
 
 def predictor_fault(fault):
@@ -547,6 +553,7 @@ FILES = {
     warm_up_on_validation: "training text only",
     training_on_the_stream: "training text only",
     text_beside_the_script: "decode",
+    text_from_another_program: "decode",
     mebibytes_for_megabytes: "size",
     averaging_left_out_of_the_time: "time",
     smear_across_documents: "documents",
@@ -572,8 +579,51 @@ def test_an_honest_run_passes_every_check(honest_run, tiny_data, tmp_path):
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(re.findall(r"^PASS  ", done.stdout, re.MULTILINE)) == len(audit.CHECKS)
+    assert "WEAK: the text is 0.0" in done.stdout  # a few hundred bytes beside the script
     checks = json.loads(report.read_text())["checks"]
     assert list(checks) == list(audit.CHECKS) and all(check["passed"] for check in checks.values())
+
+
+class Late(Changed):
+    """Honest for as long as the audited head, then each row is sharpened by the target that stands behind it."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.seen = 0
+
+    def changed(self, logp, inputs, mine):
+        if self.seen < 6 * CHUNK:
+            return logp
+        target = self.targets(inputs, mine).unsqueeze(1)
+        return logp.scatter_add(1, target, torch.ones(len(logp), 1)).log_softmax(1)
+
+    def update(self, tokens):
+        self.seen += len(tokens) - 1
+        super().update(tokens)
+
+
+def test_stretches_find_what_begins_behind_the_head(subject):
+    """A leak after the head, and a record edited there, pass the audit of the head alone."""
+    honest = audit.watch(subject, 1, n_stretches=3, seed=1)
+    n = subject.stated["tokens"]
+    assert honest.whole[0].predicted.tolist() == [1] * n and honest.whole[0].probes > 0
+    assert all(passed for passed, _ in audit.audit(subject, honest, QUICK).values())
+    late = dataclasses.replace(subject, make_predictor=Late)
+    assert audit.causal(late, audit.watch(late, 1))[0]
+    assert not audit.causal(late, audit.watch(late, 1, n_stretches=9**9, seed=1))[0]
+
+
+def test_a_record_edited_behind_the_head_is_found_by_scoring_again(subject, honest_passes, tmp_path):
+    columns = audit.per_token_record(subject)
+    columns["nll_nats"][6 * CHUNK :] *= 0.5
+    np.savez(tmp_path / "honest.npz", **columns)
+    bpb = columns["nll_nats"].sum() / math.log(2) / columns["bytes"].sum()
+    record = copy.deepcopy(subject.record) | dict(val_bpb=bpb)
+    record["config"]["scores_path"] = str(tmp_path / "honest.npz")
+    edited = dataclasses.replace(subject, record=record)
+    assert audit.claim(edited, honest_passes)[0]
+    again = dataclasses.replace(honest_passes, whole=audit.rescored(edited, 1, seed=1))
+    assert not audit.claim(edited, again)[0] and audit.claim(subject, again)[0]
 
 
 def test_the_ranks_share_the_rows_and_make_the_same_probes(subject, honest_passes):

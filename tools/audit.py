@@ -13,9 +13,12 @@ import codecs
 import dataclasses
 import hashlib
 import json
+import lzma
 import math
 import os
+import random
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -46,6 +49,7 @@ RUN_TOKENS = 64  # as many equal tokens in a row are shared text
 LEAST_DOCUMENT_TOKENS = 16  # shorter documents are not looked for
 SHARED_SHARE = 0.02  # of the validation text may stand in such runs by chance: licences, navigation, quotations
 LEAST_CHUNKS = 4  # are scored, with updates in between
+STRONG_RATIO = 4  # of the scored text to script and artifact; FineWeb's 151 MB are 9.4 times their cap
 
 
 # ======================================================================================================================
@@ -143,8 +147,9 @@ class Witness:
     `predict` holds collectives. All ranks choose the same probes, from the rows of all, and make the same calls.
     """
 
-    def __init__(self, predictor, stream: Stream, ledger: Ledger, probes: int, vocab_size: int):
+    def __init__(self, predictor, stream: Stream, ledger: Ledger, probes: int, vocab_size: int, watched=None):
         self.predictor, self.stream, self.ledger, self.probes = predictor, stream, ledger, probes
+        self.watched = watched  # positions at which the chunks begin that are probed; None = all
         self.stages, self.stride, self.block_rows = predictor.stages, predictor.stride, predictor.block_rows
         self.dist, self.share = predictor.dist, predictor.share
         self.vocab_size, self.seen = vocab_size, 0
@@ -155,7 +160,12 @@ class Witness:
         return self.predictor.predict(inputs, rows)[self.stages[-1]]
 
     def predict(self, inputs: Tensor, rows: slice) -> dict[str, Tensor]:
-        positions, before, mine = self.positions(inputs, rows), fingerprint(self.predictor), self.share(rows)
+        mine = self.share(rows)
+        if self.watched is not None and self.seen not in self.watched:
+            found = self.predictor.predict(inputs, rows)
+            self.look_at(found[self.stages[-1]], mine)
+            return found
+        positions, before = self.positions(inputs, rows), fingerprint(self.predictor)
         early = [self.rows(self.other_future(inputs, j), rows) for j in positions[:1]]  # before the true future
         found = self.predictor.predict(inputs, rows)
         logp = found[self.stages[-1]]
@@ -220,14 +230,25 @@ class Witness:
         self.seen += n
 
 
-def watched_pass(subject: Subject, dist: Dist, probes: int, n_blocks: int = 1) -> tuple[Ledger, train_gpt.Score]:
+def watched_pass(
+    subject: Subject, dist: Dist, probes: int, n_blocks: int = 1, watched=None
+) -> tuple[Ledger, train_gpt.Score]:
     """Score the subject's head under its own loop, a chunk in at least so many blocks, and watch its predictor."""
     n, predictor = len(subject.head), subject.predictor(subject.ttt_stop, dist)
     strides = math.ceil(subject.chunk_tokens / (n_blocks * dist.world_size * predictor.stride))
     predictor.block_rows = min(predictor.block_rows, strides * predictor.stride)
     ledger = Ledger(np.zeros(n, dtype=np.int64), np.zeros(n))
-    witness = Witness(predictor, subject.head, ledger, probes, subject.c.vocab_size)
+    witness = Witness(predictor, subject.head, ledger, probes, subject.c.vocab_size, watched)
     return ledger, subject.score(witness, subject.head, subject.chunk_tokens, dist)[subject.stage]
+
+
+def rescored(subject: Subject, n_stretches: int, seed: int) -> tuple[Ledger, train_gpt.Score]:
+    """Score all that the run scored once more, and watch so many of its chunks, drawn at random."""
+    c = dataclasses.replace(subject.c, ttt_chunk_tokens=subject.record["config"]["ttt_chunk_tokens"])
+    whole = dataclasses.replace(subject, c=c, head=subject.stream(subject.stated["tokens"]), chunks="")
+    starts = range(0, len(whole.head), whole.chunk_tokens)
+    drawn = random.Random(seed).sample(starts, min(n_stretches, len(starts)))
+    return watched_pass(whole, whole.dist, 2, watched=drawn)
 
 
 class ThreadRank(Dist):
@@ -279,17 +300,23 @@ def pass_of_ranks(subject: Subject, n_ranks: int, probes: int) -> tuple[list[tup
 
 @dataclass(frozen=True)
 class Passes:
-    """The head scored by one rank and by two."""
+    """The head scored by one rank and by two, and all of the stream once more if that was asked for."""
 
     ledger: Ledger
     score: train_gpt.Score
     two: list[tuple[Ledger, train_gpt.Score]]  # by rank
     stopped: str  # "" or why the two did not finish
+    whole: tuple[Ledger, train_gpt.Score] | None = None
+
+    @property
+    def alone(self) -> list[tuple[Ledger, train_gpt.Score]]:
+        """The passes of one rank."""
+        return [(self.ledger, self.score), *([self.whole] if self.whole else [])]
 
 
 def causal(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """Check condition 1: what stands behind a position moves no row up to that position's."""
-    ledgers = [passes.ledger, *(ledger for ledger, _ in passes.two)]
+    ledgers = [ledger for ledger, _ in (*passes.alone, *passes.two)]
     probes, moved = sum(x.probes for x in ledgers), sum(x.moved_rows for x in ledgers)
     return probes > 0 and not moved, f"another future at {probes} positions, by 1 rank and 2: {moved} rows moved"
 
@@ -317,31 +344,33 @@ def ranks(subject: Subject, passes: Passes) -> tuple[bool, str]:
 
 def distribution(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """Check condition 2: rows cover the vocabulary, are positive and finite, sum to one, and do not know the target."""
-    x = passes.ledger
-    faults = x.bad_shape + x.not_finite + x.moved_by_target
-    return not faults and x.sum_error <= SUM_TOLERANCE and x.least > 0 and x.flips > 0, (
-        f"{int(x.predicted.sum())} rows of {subject.c.vocab_size}: |sum - 1| up to {x.sum_error:.1e}, least probability"
-        f" {x.least:.1e}, {x.not_finite} not finite, {x.bad_shape} blocks of another shape;"
-        f" {x.flips} targets changed: {x.moved_by_target} rows moved"
+    ledgers = [ledger for ledger, _ in passes.alone]
+    rows, flips = (sum(int(np.sum(getattr(x, name))) for x in ledgers) for name in ("predicted", "flips"))
+    odd, shapes, moved = (sum(getattr(x, n) for x in ledgers) for n in ("not_finite", "bad_shape", "moved_by_target"))
+    error, least = max(x.sum_error for x in ledgers), min(x.least for x in ledgers)
+    return not odd + shapes + moved and error <= SUM_TOLERANCE and least > 0 and flips > 0, (
+        f"{rows} rows of {subject.c.vocab_size}: |sum - 1| up to {error:.1e}, least probability {least:.1e},"
+        f" {odd} not finite, {shapes} blocks of another shape; {flips} targets changed: {moved} rows moved"
     )
 
 
 def score_before_update(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """Check condition 3: predict leaves the state alone, and update receives scored positions only."""
-    x = passes.ledger
-    return not x.state_changes + x.unscored + x.foreign, (
-        f"predict changed the state {x.state_changes} times; of {x.learned} positions learned from, {x.unscored} were"
-        f" not scored before and {x.foreign} hold other tokens"
+    names = ("state_changes", "learned", "unscored", "foreign")
+    changes, learned, unscored, foreign = (sum(getattr(x, name) for x, _ in passes.alone) for name in names)
+    return not changes + unscored + foreign, (
+        f"predict changed the state {changes} times; of {learned} positions learned from, {unscored} were"
+        f" not scored before and {foreign} hold other tokens"
     )
 
 
 def single_pass(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """Check condition 4: each position is predicted once, and its nll is that of its row."""
-    x, charged = passes.ledger, passes.score.nll.numpy()
-    rightly = int((charged == x.nll).sum()) if charged.shape == x.nll.shape else 0
-    n, once = len(subject.head), int((x.predicted == 1).sum())
+    charged = [(x, score.nll.numpy()) for x, score in passes.alone]
+    rightly = sum(int((nll == x.nll).sum()) for x, nll in charged if nll.shape == x.nll.shape)
+    n, once = (sum(int(np.sum(f(x.predicted))) for x, _ in charged) for f in (np.ones_like, lambda times: times == 1))
     return once == rightly == n, (
-        f"{once} of {n} positions predicted once, at most {x.predicted.max()} times;"
+        f"{once} of {n} positions predicted once, at most {max(x.predicted.max() for x, _ in charged)} times;"
         f" {rightly} with the nll of their row"
     )
 
@@ -371,7 +400,7 @@ def settings(subject: Subject, passes: Passes) -> tuple[bool, str]:
 def claim(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """Check that the reported score is the sum over the per-token record, and the head of that is what rows give here.
 
-    Beyond the audited head, a claim is as good as the script: `--tokens 0` watches the whole stream.
+    Beyond the audited head, a claim is as good as script and record: `--stretches` scores the whole stream again.
     """
     by_token = per_token_record(subject)
     if by_token is None:
@@ -382,6 +411,7 @@ def claim(subject: Subject, passes: Passes) -> tuple[bool, str]:
     sound = sound and len(nll) == len(stream) and np.isfinite(nll).all() and (nll > -SUM_TOLERANCE).all()
     whole = nll.sum() / math.log(2) / max(1, int(by_token["bytes"].sum()))
     head = passes.ledger.nll if not subject.chunks else first_chunk_nll(subject)
+    head = passes.whole[0].nll if passes.whole else head
     here, there = head.sum() / math.log(2), nll[: len(head)].sum() / math.log(2)
     agrees = abs(here / there - 1) <= CLAIM_TOLERANCE[subject.dtype]
     return sound and agrees and abs(whole / subject.record["val_bpb"] - 1) < 1e-9, (
@@ -633,6 +663,23 @@ def decoded(subject: Subject, passes: Passes) -> tuple[bool, str]:
     )
 
 
+def two_part_code(subject: Subject) -> str:
+    """Return what script, artifact and coded text take together, beside the text; call a claim weak that is not long.
+
+    Text may stand in the script or in the artifact, and no check forbids it, since their bytes are paid for. The claim
+    of a score is that both serve a text of any length: the scored one has to be several times longer than they are.
+    """
+    row, stream = subject.stated, subject.stream(subject.stated["tokens"])
+    carried = os.path.getsize(subject.script) + os.path.getsize(subject.c.artifact_path)
+    coded, plain = math.ceil(row["val_bpb"] * row["bytes"] / 8), row["bytes"]
+    by_xz = len(lzma.compress(codec.as_text(stream.tokens, subject.tokenizer)))
+    return (
+        f"script and artifact {carried} + coded text {coded} = {carried + coded} bytes; text {plain}, by xz {by_xz};"
+        f" {'WEAK: ' if plain < STRONG_RATIO * carried else ''}the text is {plain / carried:.2f} times script and"
+        f" artifact, a claim wants {STRONG_RATIO}"
+    )
+
+
 CHECKS = {
     "causal": causal,
     "documents": documents,
@@ -654,9 +701,10 @@ CHECKS = {
 }
 
 
-def watch(subject: Subject, probes: int = 4) -> Passes:
-    """Score the head by one rank and by two, and watch."""
-    return Passes(*watched_pass(subject, subject.dist, probes), *pass_of_ranks(subject, 2, 1))
+def watch(subject: Subject, probes: int = 4, n_stretches: int = 0, seed: int = 0) -> Passes:
+    """Score the head by one rank and by two, and watch; then all of it once more if stretches are to be drawn."""
+    head = *watched_pass(subject, subject.dist, probes), *pass_of_ranks(subject, 2, 1)
+    return Passes(*head, rescored(subject, n_stretches, seed) if n_stretches else None)
 
 
 def audit(subject: Subject, passes: Passes, names=tuple(CHECKS), say=lambda name, passed, figure: None) -> dict:
@@ -731,6 +779,7 @@ def report_of(subject: Subject, found: dict) -> dict:
         chunks=subject.chunks or "the run's",
         hardware=train_gpt.hardware(subject.dist),
         versions=train_gpt.versions(),
+        two_part_code=two_part_code(subject),
         checks={name: dict(passed=bool(passed), figure=figure) for name, (passed, figure) in found.items()},
     )
 
@@ -741,6 +790,9 @@ def main() -> int:
     parser.add_argument("--data", required=True, metavar="DIR", help="the shards that the run trained and scored on")
     parser.add_argument("--record", nargs="+", metavar="JSON", help="records of the run or runs [beside the artifact]")
     parser.add_argument("--tokens", type=int, default=8192, help="of the stream, to watch and to decode [8192]")
+    parser.add_argument("--stretches", type=int, default=0, metavar="K",
+                        help="score all of the stream once more and watch K chunks drawn from it [0]")  # fmt: skip
+    parser.add_argument("--seed", type=int, default=secrets.randbelow(2**32), help="of what is drawn [random, printed]")
     parser.add_argument("--report", metavar="FILE", help="write the findings as JSON")
     args = parser.parse_args()
     runs.be_deterministic()
@@ -754,7 +806,10 @@ def main() -> int:
         def say(name: str, passed: bool, figure: str) -> None:
             print(f"{'PASS' if passed else 'FAIL'}  {name:<20} {figure}", flush=True)
 
-        found = audit(subject, watch(subject), say=say)
+        if args.stretches:
+            print(f"# {args.stretches} chunks drawn with seed {args.seed}")
+        found = audit(subject, watch(subject, n_stretches=args.stretches, seed=args.seed), say=say)
+        print(f"# two-part code: {two_part_code(subject)}")
         if args.report:
             report = (json.dumps(report_of(subject, found), indent=1) + "\n").encode()
             train_gpt.write_atomically(Path(args.report), report)
