@@ -1576,12 +1576,10 @@ def quantize(model: GPT, infos: dict[str, HessianInfo], log2_step: float, c: Con
 
 @torch.no_grad()
 def load_codes(model: GPT, quantized: Quantized) -> None:
-    """Put an artifact's weights into the model: the quantized ones, and the scalars as float16 holds them."""
+    """Put an artifact's quantized weights into the model; the scalars stay as they are."""
     for name, p in quantized_parameters(model).items():
         codes, grid = quantized[name]
         p.copy_(codes * grid.steps())
-    for p in by_role(model, "scalar").values():
-        p.copy_(p.half())
 
 
 LEAST_BITS = 1.2  # entropy of a Gaussian weight at a step of two standard deviations, the coarsest
@@ -1820,6 +1818,8 @@ def export(model: GPT, loader: TrainLoader, batch: Tensor, tokenizer_sha256: str
     infos = measure_hessians(model, batch, dist)
     quantized = dist.broadcast(fit_to_size, model, infos, net, c, tokenizer_sha256)
     load_codes(model, quantized)
+    for p in by_role(model, "scalar").values():
+        p.data.copy_(p.half())  # as the artifact holds them
     after = held_out_loss(called, loader, c, dist)
     log.info(f"quantization: float:{before:.5f} stored:{after:.5f} gap:{after - before:+.5f}")
     if "maxent" in (c.hedge_experts if c.mixer == "hedge" else [c.mixer]):

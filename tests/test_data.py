@@ -383,7 +383,7 @@ def test_the_ranks_batches_together_are_the_batch_of_one_rank(counting, world_si
 
 
 def test_a_token_past_the_vocabulary_is_refused_where_it_is_read(tmp_path, write_shard, tiny_config):
-    write_shard(tmp_path / "x_train_0.bin", [5] * 320 + [400] * 640)
+    write_shard(tmp_path / "x_train_0.bin", [5] * 320 + [400] * 320 + [5] * 320)
     loader = TrainLoader(tiny_config(tmp_path), Dist())
     assert "token id 400" in refusal(lambda: [loader.batch(step) for step in range(20)])
 

@@ -417,7 +417,12 @@ def test_a_worker_that_dies_is_noticed(corpus, model, monkeypatch, capsys):
 def test_a_signal_leaves_one_line_and_nothing_else(corpus, model, number):
     jsonl(corpus.train, plain_documents(80) * 2000)
     command = [sys.executable, SCRIPT, "text", "--train", corpus.train, "--val", corpus.val]
-    process = subprocess.Popen([*command, "--tokenizer", model, "--out", corpus.out], stderr=subprocess.PIPE, text=True)
+    command += ["--tokenizer", model, "--out", corpus.out]
+
+    def listen():  # a job in the background is deaf to Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     while process.poll() is None and not list(corpus.out.parent.glob(".made.*/made_train_*.bin")):
         time.sleep(0.01)
     process.send_signal(number)
