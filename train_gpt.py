@@ -352,7 +352,6 @@ def show(value) -> str:
 # This process among its ranks, its device, its log and its clock. Only Dist branches on the number of ranks.
 
 log = logging.getLogger("train_gpt")  # silent until open_log
-RANK_NAMES = "RANK", "WORLD_SIZE", "LOCAL_RANK"
 # torch 2.13 renamed both and warns at every call of the old name; 2.11 knows only the old one.
 REDUCE_SCATTER = getattr(c10d, "reduce_scatter_single", None) or c10d.reduce_scatter_tensor
 ALL_GATHER = getattr(c10d, "all_gather_single", None) or c10d.all_gather_into_tensor
@@ -430,7 +429,8 @@ def open_dist(c: Config) -> Dist:
     """Join the ranks that torchrun started, or be the only one. Raise InputError where the device does not exist."""
     env = os.environ
     with refusing("RANK, WORLD_SIZE, LOCAL_RANK: allowed are those of torchrun, or none"):
-        rank, world_size, local_rank = (int(env.get(name, n)) for name, n in zip(RANK_NAMES, (0, 1, 0), strict=True))
+        names = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
+        rank, world_size, local_rank = (int(env.get(name, alone)) for name, alone in names.items())
         if not 0 <= rank < world_size or world_size > 1 and "TORCHELASTIC_RUN_ID" not in env:
             raise ValueError(f"rank {rank} of {world_size}")
     timeout = datetime.timedelta(seconds=c.dist_timeout_seconds)
@@ -469,12 +469,12 @@ def gradient(p: nn.Parameter) -> Tensor:
     return torch.zeros_like(p) if p.grad is None else p.grad
 
 
-def open_log(c: Config, dist: Dist) -> list[Path]:
+def open_log(c: Config, dist: Dist, created: list[Path]) -> None:
     """Create every file that the run will write, and log to screen and file; on the main rank. Raise InputError."""
     paths = [f"{c.log_dir}/{c.run_id}.txt", f"{c.log_dir}/{c.run_id}.json", c.scores_path]
     paths = list(map(Path, filter(None, paths if c.phase == "eval" else [*paths, c.artifact_path])))
     if not dist.is_main:
-        return []
+        return
     for path in paths:
         if path.exists():
             raise InputError(f"RUN_ID={c.run_id}: {path} exists and would be overwritten; choose another name")
@@ -482,13 +482,13 @@ def open_log(c: Config, dist: Dist) -> list[Path]:
         with refusing(f"{path}: allowed is a folder that can be written, with TARGET_BYTES={c.target_bytes} free"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(exist_ok=False)  # of two runs that begin together only one may have it
+            created.append(path)
             if shutil.disk_usage(path.parent).free < c.target_bytes:
                 raise OSError("less is free")
     logging.raiseExceptions = False  # a full disk or a closed screen ends no run
     log.setLevel(logging.INFO)
     log.addHandler(logging.StreamHandler(sys.stdout))
     log.addHandler(logging.FileHandler(paths[0], encoding="utf-8"))
-    return paths
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -2618,8 +2618,9 @@ def execute(c: Config, env: dict[str, str], dist: Dist) -> None:
     c = dataclasses.replace(c, run_id=run_id, artifact_path=path)
     tokenizer = Tokenizer(c, packed[0]["tokenizer"] if packed else "")
     stream = None if c.phase == "train" and not c.val_loss_every else Stream(c, dist.device, tokenizer)
-    created = open_log(c, dist)
+    created: list[Path] = []
     try:
+        open_log(c, dist, created)
         log_start(c, dist, stream)
         trained = None if c.phase == "eval" else train_and_export(tokenizer.sha256, c, dist, stream)
         header, parts = packed or dist.broadcast(read_artifact, path)  # from here on, only what the file says counts

@@ -238,7 +238,7 @@ def opened(tmp_path):
     def opened(dist=None, run_id="r", **settings):
         c = Config(**{"run_id": run_id, "log_dir": str(tmp_path), **settings})
         c = dataclasses.replace(c, artifact_path=c.artifact_path or f"{c.log_dir}/{run_id}.artifact")
-        open_log(c, dist or Dist())
+        open_log(c, dist or Dist(), [])
         return c
 
     yield opened

@@ -660,6 +660,16 @@ def test_the_data_may_vanish_once_training_has_begun(run, tiny_data, tmp_path, m
     assert not folder.exists() and found.record["val_bpb"] > 0
 
 
+def test_a_run_that_is_refused_leaves_no_file_of_its_own(run, folder, tmp_path, monkeypatch):
+    """Its log and its record were free; the artifact's name was taken in between."""
+    taken, exists = tmp_path / "x.artifact", Path.exists
+    taken.write_bytes(b"another run's")
+    monkeypatch.setattr(Path, "exists", lambda path: path != taken and exists(path))
+    refused = run("second", artifact_path=str(taken))
+    assert_refused(refused, f"{taken}: allowed is a folder that can be written", "File exists")
+    assert taken.read_bytes() == b"another run's" and not list(folder.glob("second.*"))
+
+
 @pytest.mark.slow
 def test_of_two_runs_of_one_name_one_is_refused(settings, folder):
     env = settings("twice", phase="train", iterations=2)
