@@ -66,7 +66,7 @@ except ImportError:  # PyPI's stub lacks the function
 # ==================== Config ==========================================================================================
 # Every setting of a run, read once from the environment and never changed.
 
-CAP_BYTES, LARGEST = 16_000_000, 10**15  # script plus artifact, decimal; no number is larger
+CAP_BYTES, LARGEST = 16_000_000, 10**15  # of script plus artifact, decimal; of any setting
 STAGES, FROZEN_STAGES = ("roundtrip", "sliding", "ttt", "mixed"), ("roundtrip", "sliding")
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
@@ -111,7 +111,7 @@ class Config:
     artifact_path: str = setting("")  # "" = LOG_DIR/RUN_ID.artifact
     scores_path: str = setting("")  # "" = no per-token record
     log_dir: str = setting("logs")
-    dist_timeout_seconds: float = setting(900.0, 1.0)  # until a rank that does not answer ends the run
+    dist_timeout_seconds: float = setting(1800.0, 1.0)  # until a rank that does not answer ends the run
     # Model.
     vocab_size: int = setting(1024, 257, 65536, shape=True)
     bos_id: int = setting(1, 0, shape=True)
@@ -185,13 +185,15 @@ class Config:
     val_batch_size: int = setting(524_288, 8)  # tokens a chunk where nothing is learned between chunks
     eval_seq_len: int = setting(2048, 8, 2**17, score=True)
     eval_stride: int = setting(256, 1, score=True)
-    ttt_chunk_tokens: int = setting(32_768, 8, score=True)
+    ttt_chunk_tokens: int = setting(32_768, 8, 2**22, score=True)
     ttt_optimizer: str = setting("sgd", choices=("sgd", "adamw"), score=True)
     ttt_lr: float = setting(0.002, 0.0, score=True)
     ttt_momentum: float = setting(0.9, 0.0, 0.9999, score=True)  # sgd only; adamw uses BETA1, BETA2
     ttt_epochs: int = setting(3, 0, 1000, score=True)
-    ttt_batch_tokens: int = setting(32_768, 8, score=True)  # per step, over all ranks
-    ttt_micro_tokens: int = setting(4096, 8, score=True)  # per backward pass: what a rank gets is a multiple of it
+    ttt_batch_tokens: int = setting(32_768, 8, 2**22, score=True)  # per step, over all ranks
+    ttt_micro_tokens: int = setting(
+        4096, 8, 2**22, score=True
+    )  # per backward pass: what a rank gets is a multiple of it
     ttt_freeze_blocks: int = setting(0, score=True)  # leading blocks that stay as they are; -2 = all but the last two
     ttt_grad_clip: float = setting(1.0, 0.0, score=True)
     ttt_polyak: float = setting(0.0, 0.0, 0.999999, score=True)  # decay of the average that predicts; 0 = none
@@ -288,7 +290,7 @@ def refuse_unknown(env: dict[str, str], known: list[str]) -> None:
     others = " ".join(path.read_text() for path in CONFIGS.glob("*.txt")).split()
     for name in sorted(env.keys() - set(known)):
         family, underscore, _ = name.partition("_")
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85) if len(name) > len("STAGE") else []
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85) if len(name) > 5 else []  # STAGE is common
         if near or name in others or underscore and family in families:
             members = near or [known for known in known if known.startswith(family + "_")]
             members = members or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -499,11 +501,12 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
         kept = Path(tempfile.mkdtemp(), path.name)
         kept.write_bytes(data)
         raise InputError(f"{path} cannot be written ({error.strerror}): a copy is kept in {kept}") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 class Clock:
@@ -870,7 +873,7 @@ def choose_kernels(c: Config, device: torch.device) -> Kernels:
     targets = torch.randint(c.vocab_size, (n,), generator=generator).to(device)
     loss = functools.partial(softcapped_nll, targets=targets, cap=c.logit_softcap)
     mlp = functools.partial(linear_leaky_square, slope=c.leaky_slope)
-    inputs = dict(loss=[random(n, c.vocab_size)], mlp=[random(n, c.model_dim), random(2 * c.model_dim, c.model_dim)])
+    inputs = dict(loss=[random(n, c.vocab_size)], mlp=[random(n, c.model_dim), random(n, c.model_dim)])
     runs_triton = triton and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
     forms = dict(loss=loss, mlp=mlp) if runs_triton else {}
     fused = [k for k in forms if k in c.kernels and agrees(f"KERNELS={k}", forms[k], dict(fused=True), inputs[k], c)]
@@ -1647,6 +1650,7 @@ def fit_to_size(model: GPT, infos: dict[str, HessianInfo], net: BiasNet, c: Conf
 # The container: a prefix, a sha256 of all but itself, a JSON header, and the parts one after the other.
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 5
 PREFIX = struct.Struct("<5sBI")  # magic, version, header bytes
+PARTS = "scales", "rows", "columns", "caps", "frequencies", "codes", "float16", "mixer"
 # Codes hardly repeat: the cheapest match finder costs no byte and a sixth of preset 9e's time (logs/lzma_filters.txt).
 LZMA = dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=0, pb=0, dict_size=4096, mf=lzma.MF_HC4, nice_len=273, depth=1)
 compress = functools.partial(lzma.compress, format=lzma.FORMAT_RAW, filters=[LZMA])
@@ -1712,6 +1716,8 @@ def read_artifact(path: str | Path) -> tuple[dict, dict[str, bytes]]:
         ends = np.cumsum([header_bytes, *header["parts"].values()]).tolist()
         if ends != sorted(ends) or ends[-1] != len(body):
             raise InputError(f"ARTIFACT_PATH={path}: parts that end at {ends[-1]}; allowed is {len(body)}, the end")
+        if not header["tokenizer"].isalnum() or not set(header["parts"]) <= set(PARTS):  # both go to logs and messages
+            raise InputError(f"ARTIFACT_PATH={path}: other parts than {', '.join(PARTS)}, or no tokenizer's sha256")
         return header, {part: body[a:b] for part, a, b in zip(header["parts"], ends, ends[1:], strict=False)}
 
 
@@ -1720,7 +1726,7 @@ def with_artifact(c: Config, header: dict, env: dict[str, str]) -> Config:
     fields = [(f, mark) for f in dataclasses.fields(c) for mark in ("shape", "score") if f.metadata[mark]]
     asked = {name for name in c.marked("score") if name.upper() in env}
     try:
-        kept = {f.name: parse(f, show(header[mark][f.name])) for f, mark in fields}  # whatever else the header names
+        kept = {f.name: parse(f, show(header[mark][f.name])) for f, mark in fields}  # other names are ignored
         loaded = dataclasses.replace(c, **{name: value for name, value in kept.items() if name not in asked})
     except Exception as error:
         raise InputError(f"ARTIFACT_PATH={c.artifact_path}: its settings are not this script's ({error})") from None
@@ -1734,9 +1740,10 @@ def with_artifact(c: Config, header: dict, env: dict[str, str]) -> Config:
 def unpack(parts: dict[str, bytes], c: Config, device: torch.device) -> tuple[GPT, BiasNet]:
     """Return the model and the mixer that an artifact's parts hold. Raise InputError where they are none."""
     with torch.device("meta"):  # takes no memory
-        n_weights = sum(p.numel() for p in GPT(c).parameters())
-    if n_weights > 8 * sum(map(len, parts.values())):
-        raise InputError(f"ARTIFACT_PATH={c.artifact_path}: {n_weights} weights in less than a bit each")
+        empty = GPT(c)
+    numbers = sum(x.numel() for x in (*empty.parameters(), *empty.buffers()))
+    if numbers > 32 * (n_bytes := sum(map(len, parts.values()))) + 2**24:  # no codes take a quarter of a bit each
+        raise InputError(f"ARTIFACT_PATH={c.artifact_path}: a model of {numbers} numbers in {n_bytes} bytes")
     model, net = make_model(c, device), BiasNet(c)
     quantized = quantized_parameters(model)
     shapes = [p.shape for p in quantized.values()]
@@ -2589,7 +2596,7 @@ def train_and_export(tokenizer_sha256: str, c: Config, dist: Dist, stream: Strea
     model, loader = make_model(c, dist.device).init_weights(c.seed).to(dist.device), TrainLoader(c, dist)
     log.info(f"model_params:{sum(p.numel() for p in model.parameters())}")
     log.info(f"artifact_budget:{artifact_budget(model, c)} bytes beside the script")
-    batch = loader.run_rows(0, max(1, c.gptq_tokens // c.train_seq_len))  # for the export, read before it
+    batch = loader.run_rows(0, max(1, c.gptq_tokens // c.train_seq_len))  # read now: the export must not need the files
     averages, clock, record = train(model, loader, c, dist, stream)
     stepped = record["seconds"]
     choose_average(model, averages, loader, c, dist)

@@ -89,6 +89,7 @@ class TextFiles:
 
     paths: Sequence[Path]
     label: str  # of the progress bar
+    part_chars: int = PART_CHARS  # of a .txt that are a piece, or a few more
 
     def __iter__(self) -> Iterator[Piece]:
         total = sum(path.stat().st_size for path in self.paths)
@@ -96,7 +97,7 @@ class TextFiles:
             for path in self.paths:
                 before = bar.n
                 with path.open("rb") as file:
-                    for piece in read_pieces(path, file):
+                    for piece in read_pieces(path, file, self.part_chars):
                         yield piece
                         bar.update(before + file.tell() - bar.n)
 
@@ -105,14 +106,14 @@ KINDS = [kind + packed for kind in (".txt", ".jsonl") for packed in ("", ".xz", 
 DAMAGE = (xz.XZError, lzma.LZMAError, zlib.error, EOFError, OSError, UnicodeDecodeError, pyarrow.ArrowException)
 
 
-def read_pieces(path: Path, file: BinaryIO) -> Iterator[Piece]:
+def read_pieces(path: Path, file: BinaryIO, part_chars: int) -> Iterator[Piece]:
     """The documents of one of KINDS: a .txt is one, a .jsonl has one a line. Raises PrepareError at what is no text."""
     empty = True
     try:
         if path.suffix == ".parquet":
             pieces = rows_of_parquet(path, file)
         elif ".txt" in path.suffixes[-2:]:
-            pieces = parts_of_text(unpacked(path, file))
+            pieces = parts_of_text(unpacked(path, file), part_chars)
         else:
             lines = ((number, line) for number, line in enumerate(unpacked(path, file), 1) if line.strip())
             pieces = (Piece(parse_line(line, f"{path}:{number}")) for number, line in lines)
@@ -150,14 +151,15 @@ def unpacked(path: Path, file: BinaryIO) -> BinaryIO:
     return gzip.open(file) if path.suffix == ".gz" else file
 
 
-def parts_of_text(stream: BinaryIO) -> Iterator[Piece]:
-    """A text in parts of about PART_CHARS, cut before a single space between words, where tokens begin anyway."""
+def parts_of_text(stream: BinaryIO, part_chars: int) -> Iterator[Piece]:
+    """A text in parts of so many characters or more, cut before a single space between words: tokens begin there."""
     reader, rest, begins = io.TextIOWrapper(stream, encoding="utf-8", newline=""), "", True
     while more := reader.read(PART_CHARS):
+        known = max(0, len(rest) - 2)  # there is no such space before
         rest += more
-        if len(rest) >= PART_CHARS and (last := re.match(r".*\S(?= \S)", rest, re.DOTALL)):
-            yield Piece(last[0], begins)
-            rest, begins = rest[last.end() :], False
+        if len(rest) >= part_chars and (last := re.match(r".*\S(?= \S)", rest[known:], re.DOTALL)):
+            yield Piece(rest[: known + last.end()], begins)
+            rest, begins = rest[known + last.end() :], False
     if rest.strip():
         yield Piece(rest, begins)
 
@@ -325,6 +327,12 @@ def load_tokenizer(model: bytes, where: str | Path = "tokenizer") -> sentencepie
     return processor
 
 
+def cuts_exactly(model: bytes) -> bool:
+    """Whether a text may be encoded in parts that begin with a space. It depends on how a tokenizer treats spaces."""
+    encode = load_tokenizer(model).encode
+    return encode("a") + encode(" b") == encode("a b")
+
+
 def first_bytes(pieces: Iterable[Piece], limit_bytes: int) -> Iterator[str]:
     """The pieces that start in the first `limit_bytes` of the text."""
     start_bytes = 0
@@ -363,7 +371,7 @@ def encode_batch(pieces: list[Piece]) -> list[Encoded]:
     for text, begins in pieces:
         ids = worker.tokenizer.encode(text)
         decoded = worker.tokenizer.decode(ids)
-        if not begins and decoded[:1] != " ":  # a decoder may drop the space before the first word
+        if ids and not begins and decoded[:1] != " ":  # a decoder may drop the space before the first word
             decoded = " " + decoded
         if worker.lossless and decoded != text:
             raise PrepareError(
@@ -567,7 +575,9 @@ def make_text(args: argparse.Namespace) -> None:
             print(f"training a tokenizer of {args.train_tokenizer} pieces")
             model = train_tokenizer(first_bytes(train, args.tokenizer_bytes), args.train_tokenizer)
         names = [path.name for path in (*args.train, *args.val)]
-        corpus = Corpus(train, TextFiles(args.val, "val"), names, not args.tokenizer, args.drop_shared)
+        part_chars = PART_CHARS if cuts_exactly(model) else sys.maxsize
+        splits = (TextFiles(paths, label, part_chars) for paths, label in ((args.train, "train"), (args.val, "val")))
+        corpus = Corpus(*splits, names, not args.tokenizer, args.drop_shared)
         write_dataset(folder, out.name, corpus, model, args.shard_tokens)
 
 

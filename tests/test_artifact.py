@@ -487,6 +487,9 @@ def sealed(header: bytes, parts: bytes) -> bytes:
 
 
 HEADERS = {
+    "a part that would write a log line": b'{"shape": {}, "score": {}, "tokenizer": "a", "parts": {"x\\nfinal": 5}}',
+    "no tokenizer": b'{"shape": {}, "score": {}, "parts": {"codes": 5}}',
+    "a tokenizer that is none": b'{"shape": {}, "score": {}, "tokenizer": [1], "parts": {"codes": 5}}',
     "not json": b"{half",
     "not utf-8": b"\xff\xfe",
     "a list": b"[1]",
@@ -579,7 +582,15 @@ def test_a_part_that_unpacks_to_more_than_the_shapes_say_takes_no_memory(packed,
 
 def test_more_weights_than_the_file_has_bits_are_refused_before_they_are_made(path, make):
     parts = read_artifact(path)[1]
-    assert "weights in less than a bit each" in refusal(train_gpt.unpack, parts, make(model_dim=16384), CPU)
+    assert "a model of " in refusal(train_gpt.unpack, parts, make(model_dim=16384), CPU)
+
+
+@pytest.mark.parametrize("bits", [2, 6])
+def test_the_coarsest_codes_are_not_taken_for_a_stranger_s(make, bits, tmp_path):
+    c = make(quant_bits=bits, clip_sigmas=4.0)
+    model = build(c)
+    (tmp_path / "x").write_bytes(pack(model, stored(model, c), BiasNet(c), c, SHA))
+    assert opened(tmp_path / "x", c)
 
 
 @pytest.mark.parametrize("excess", [0, 1234])

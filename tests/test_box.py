@@ -32,8 +32,9 @@ WAYS_OUT = {
     "another process's root": "print(open('/proc/{pid}/root' + {secret!r}).read())",
     "the first process's root": "print(open('/proc/1/root' + {secret!r}).read())",
     "the network": "import socket; print(socket.create_connection(('127.0.0.1', {port}), 5).recv(99))",
-    "a mount": "import subprocess; print(subprocess.run('mount -t tmpfs t /work || exit 1', shell=True, check=True))",
+    "a mount": "import subprocess; print(subprocess.run('mount -t tmpfs t /box || exit 1', shell=True, check=True))",
     "a namespace": "import subprocess; print(subprocess.run(['unshare', '-Urm', 'cat', {secret!r}], check=True))",
+    "the kernel's settings": "open('/proc/sys/kernel/core_pattern', 'r+')",
     "a library": "open(os.__file__, 'a').write('#')",
 }
 
@@ -88,3 +89,12 @@ def test_arguments_and_named_variables_arrive(tmp_path):
     done = box.run(tmp_path, ["-c", "import os, sys; print(sys.argv[1:], os.environ['A'])", "x y", "--z"], A="b c")
     assert done.stdout == "['x y', '--z'] b c\n" and done.returncode == 0
     assert box.run(tmp_path, ["-c", "raise SystemExit(7)"]).returncode == 7
+
+
+def test_variables_of_the_program_are_not_those_of_the_tools_that_close_the_box(tmp_path):
+    """A PATH with an `unshare` of its own would run outside."""
+    planted = tmp_path / "unshare"
+    planted.write_text(f"#!/bin/sh\ntouch {tmp_path}/escaped\n")
+    planted.chmod(0o755)
+    done = box.run(tmp_path, ["-c", "import os; print(os.environ['PATH'])"], PATH=str(tmp_path), LD_PRELOAD="x.so")
+    assert done.stdout == f"{tmp_path}\n" and not (tmp_path / "escaped").exists()

@@ -142,6 +142,25 @@ def test_bytes_behind_the_words_are_refused(run):
             codec.decode(sliding.predictor(), data + behind, run.c.bos_id, CHUNK)
 
 
+def test_tokens_that_were_all_but_impossible_come_back(run):
+    """The coder gives every token 2^-24 at least, so that these take fewer bits than their rows say."""
+
+    class Sure:
+        stages, stride, dist = ("sure",), 8, run.dist
+
+        def predict(self, inputs, rows):
+            logits = torch.zeros(rows.stop - rows.start, 320)
+            logits[:, 7] = 60.0
+            return {"sure": logits.log_softmax(-1)}
+
+        def update(self, tokens):
+            pass
+
+    tokens = torch.tensor([1, *[7, 7, 9, 300] * 16])
+    data = codec.encode(Sure(), tokens.clone(), CHUNK)
+    assert torch.equal(codec.decode(Sure(), data, 1, CHUNK), tokens)
+
+
 @given(st.integers(1, 200), st.integers(2, 500), st.floats(0.1, 20), st.integers(0, 2**31))
 def test_the_coder_gives_back_any_symbols_within_a_byte_of_their_information(n, vocab_size, spread, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -216,9 +216,31 @@ def test_a_long_text_file_is_one_document_whose_parts_do_not_show(corpus, tmp_pa
     assert run_text(train, corpus.val, whole, *given) == 0
     monkeypatch.setattr(prepare, "PART_CHARS", 500)
     monkeypatch.setattr(prepare, "BATCH_CHARS", 700)
-    assert len(list(prepare.TextFiles([train], ""))) > 20
+    assert len(list(prepare.TextFiles([train], "", 500))) > 20
     assert run_text(train, corpus.val, parts, *given) == 0
     assert files_of(whole) == files_of(parts)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(remove_extra_whitespaces=False), dict(add_dummy_prefix=False)], ids=["as Llama's", "no prefix"]
+)
+def test_a_tokenizer_that_treats_a_parts_first_space_otherwise_gets_the_whole_text(
+    tmp_path, corpus, monkeypatch, options
+):
+    odd = sentencepiece_model(tmp_path / "odd.model", byte_fallback=True, **options)
+    assert not prepare.cuts_exactly(odd.read_bytes())
+    train = tmp_path / "train.txt"
+    train.write_bytes(" ".join(corpus.documents).encode())
+    monkeypatch.setattr(prepare, "PART_CHARS", 100)
+    assert run_text(train, corpus.val, corpus.out, "--tokenizer", odd) == 0
+    tokens = tokens_of(corpus.out, "train").tolist()
+    assert tokens[1:] == sentencepiece.SentencePieceProcessor(model_file=str(odd)).encode(train.read_bytes().decode())
+
+
+def test_a_long_text_without_spaces_stays_whole(tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text("x\n" * 5000)
+    assert [piece.text for piece in prepare.TextFiles([path], "", 100)] == ["x\n" * 5000]
 
 
 def test_order_holds_over_many_batches_and_shards(corpus, model, monkeypatch):

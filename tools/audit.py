@@ -23,6 +23,7 @@ import shutil
 import sys
 import tempfile
 import threading
+import zipfile
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -437,7 +438,7 @@ def per_token_record(subject: Subject) -> dict[str, np.ndarray] | None:
     try:
         with np.load(path) as file:
             return {name: file[name] for name in ("token", "nll_nats", "bytes")}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise InputError(f"SCORES_PATH={path}: not a per-token record ({error})") from None
 
 
@@ -467,7 +468,7 @@ def subset(subject: Subject, passes: Passes) -> tuple[bool, str]:
     everything, row, final = subject.stream(0), subject.stated, subject.logs[-1].rstrip().splitlines()[-1]
     whole = (row["tokens"], row["documents"]) == (len(everything), everything.documents)
     labelled = ("whole stream" if whole else "PARTIAL stream") in final and row["whole_stream"] == whole
-    labelled = labelled and row["has_manifest"] == everything.has_manifest
+    labelled = labelled and row.get("has_manifest") == everything.has_manifest
     return labelled, (
         f"{row['tokens']} of {len(everything)} tokens, {row['documents']} of {everything.documents} documents,"
         f" {'rightly' if labelled else 'WRONGLY'} called {'whole' if row['whole_stream'] else 'partial'};"
@@ -501,7 +502,7 @@ def separation(subject: Subject, passes: Passes) -> tuple[bool, str]:
     )
     share, known = covered.mean(), train_gpt.check_manifest(subject.c).get("shared_documents", 0)
     published = f" ({known} documents that the published export itself shares)" if known else ""
-    return copied <= known and share <= SHARED_SHARE, (
+    return (not copied or bool(known)) and share <= SHARED_SHARE, (
         f"{copied} of {len(documents)} documents stand mostly in {n_train} training tokens{published},"
         f" {int(covered.sum())} tokens ({100 * share:.2f} %) in shared runs of {RUN_TOKENS};"
         f" allowed is {100 * SHARED_SHARE:g} %"
@@ -574,7 +575,8 @@ def dry_run(subject: Subject, part: int) -> tuple[bytes, str]:
     given |= dict(data_path="data", tokenizer_path="", artifact_path="", scores_path="", device="cpu", val_tokens=0)
     given |= dict(train_batch_tokens=seq_len, max_wallclock_seconds=0.0, gptq_tokens=seq_len, stages=("roundtrip",))
     given |= dict(kernels=())
-    stated = {name.upper(): train_gpt.show(as_setting(x)) for name, x in (subject.training["config"] | given).items()}
+    config = {name: x for name, x in subject.training["config"].items() if hasattr(c, name)}
+    stated = {name.upper(): train_gpt.show(as_setting(x)) for name, x in (config | given).items()}
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
         data.mkdir()
@@ -704,7 +706,7 @@ CHECKS = {
 def watch(subject: Subject, probes: int = 4, n_stretches: int = 0, seed: int = 0) -> Passes:
     """Score the head by one rank and by two, and watch; then all of it once more if stretches are to be drawn."""
     head = *watched_pass(subject, subject.dist, probes), *pass_of_ranks(subject, 2, 1)
-    return Passes(*head, rescored(subject, n_stretches, seed) if n_stretches else None)
+    return Passes(*head, rescored(subject, n_stretches, seed) if n_stretches > 0 else None)
 
 
 def audit(subject: Subject, passes: Passes, names=tuple(CHECKS), say=lambda name, passed, figure: None) -> dict:
@@ -767,7 +769,7 @@ def subject_of(args) -> Subject:
     return Subject(**opened, head=stream, training=training, record=record, folder=folder, logs=logs, chunks=words)
 
 
-def report_of(subject: Subject, found: dict) -> dict:
+def report_of(subject: Subject, found: dict, two_part: str, args) -> dict:
     """Return what `--report` writes."""
     return dict(
         run_id=subject.record["run_id"],
@@ -779,7 +781,9 @@ def report_of(subject: Subject, found: dict) -> dict:
         chunks=subject.chunks or "the run's",
         hardware=train_gpt.hardware(subject.dist),
         versions=train_gpt.versions(),
-        two_part_code=two_part_code(subject),
+        two_part_code=two_part,
+        stretches=args.stretches,
+        seed=args.seed,
         checks={name: dict(passed=bool(passed), figure=figure) for name, (passed, figure) in found.items()},
     )
 
@@ -809,9 +813,9 @@ def main() -> int:
         if args.stretches:
             print(f"# {args.stretches} chunks drawn with seed {args.seed}")
         found = audit(subject, watch(subject, n_stretches=args.stretches, seed=args.seed), say=say)
-        print(f"# two-part code: {two_part_code(subject)}")
+        print(f"# two-part code: {(two_part := two_part_code(subject))}")
         if args.report:
-            report = (json.dumps(report_of(subject, found), indent=1) + "\n").encode()
+            report = (json.dumps(report_of(subject, found, two_part, args), indent=1) + "\n").encode()
             train_gpt.write_atomically(Path(args.report), report)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

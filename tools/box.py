@@ -4,8 +4,8 @@
     text = box.left(folder, "text")
 
 Namespaces of Linux close the box, by util-linux's `unshare`, `pivot_root` and `setpriv`: a root of its own on a fresh
-tmpfs, no network, no other process, no shared memory, no descriptor but the two for output, no capability, and an
-environment of a few names. No path, link, mount or socket leads out, whatever library or program asks for it.
+tmpfs, no network, no other process, no shared memory, an empty input and two outputs as its only descriptors, no
+capability, kernel settings that cannot be written, an environment of a few names. tests/test_box.py tries the ways out.
 """
 
 from __future__ import annotations
@@ -23,43 +23,42 @@ KEPT_NAMES = ("LANG", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPA
 SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives", "/sys/devices/system/cpu")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 
-# $1: the new root. $2: the folder, which becomes /work. Then what is to be seen, up to "--", and the command.
+# $1: the new root. $2: the folder, which becomes /box. Then what is to be seen, up to "--", and the command.
 CLOSE = r"""
 root=$1 folder=$2; shift 2
-mount -t tmpfs tmpfs "$root"
-mkdir -p "$root/old" "$root/proc" "$root/tmp" "$root/dev/shm" "$root/work"
+mount -t tmpfs -o size=1g tmpfs "$root"
+mkdir -p "$root/old" "$root/proc" "$root/tmp" "$root/dev/shm" "$root/box"
 see() {
-  if [ -L "$1" ]; then ln -s "$(readlink "$1")" "$root$1"; return; fi
+  case $1 in /bin|/lib|/lib64) if [ -L "$1" ]; then ln -s "$(readlink "$1")" "$root$1"; return; fi;; esac
   mkdir -p "$root$(dirname "$1")"
   if [ -d "$1" ]; then mkdir -p "$root$1"; else touch "$root$1"; fi
   mount --rbind "$1" "$root$1"
   case $1 in /dev/*) return;; esac
-  mount -o remount,bind,ro "$root$1" 2>/dev/null || mount -o remount,bind,ro,nosuid,nodev "$root$1"
+  awk -v at="$root$1" '$5 == at || index($5, at "/") == 1 { print $5 }' /proc/self/mountinfo | while read -r mounted; do
+    mount -o remount,bind,ro "$mounted" 2>/dev/null || mount -o remount,bind,ro,nosuid,nodev "$mounted"
+  done
 }
 while [ "$1" != -- ]; do see "$1"; shift; done; shift
-mount --bind "$folder" "$root/work"
-mount -t proc proc "$root/proc"
-cd "$root"; pivot_root . old; umount -l old; rmdir old; cd /work
-exec setpriv --no-new-privs --inh-caps=-all --bounding-set=-all -- "$@"
+mount --bind "$folder" "$root/box"
+mount -t proc -o ro,nosuid,nodev,noexec proc "$root/proc"
+cd "$root"; pivot_root . old; umount -l old; rmdir old; cd /box
+exec setpriv --no-new-privs --inh-caps=-all --bounding-set=-all -- env -i "$@"
 """
 
 
 def run(folder: str | Path, arguments: list[str], **env: str) -> subprocess.CompletedProcess:
-    """Run Python with the arguments in the folder, to which alone it can write. Its output is captured as text."""
+    """Run Python with the arguments in the folder. Its output is captured as text."""
     python = [sys.prefix, sys.base_prefix, *site.getsitepackages(), site.getusersitepackages()]
     outermost = [x for x in python if not any(x != y and Path(x).is_relative_to(y) for y in [*python, "/usr"])]
     seen = [*SYSTEM, *DEVICES, *dict.fromkeys(outermost), *glob.glob("/dev/nvidia*")]
+    places = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/tmp"}
     kept = {name: os.environ[name] for name in KEPT_NAMES if name in os.environ}
     with tempfile.TemporaryDirectory() as root:
-        command = ["unshare", "--user", "--map-root-user", "--mount", "--net", "--pid", "--ipc", "--uts", "--fork"]
-        command += ["sh", "-ec", CLOSE, "box", root, str(folder), *filter(os.path.exists, seen), "--"]
-        return subprocess.run(
-            [*command, sys.executable, *arguments],
-            env={"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/tmp", **kept, **env},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-        )
+        command = ["unshare", "--user", "--map-root-user", "--mount", "--net", "--pid", "--ipc", "--uts"]
+        command += ["--kill-child", "--fork", "sh", "-ec", CLOSE, "box", root, str(folder)]
+        command += [*filter(os.path.exists, seen), "--", *(f"{k}={v}" for k, v in (places | kept | env).items())]
+        command += [sys.executable, *arguments]
+        return subprocess.run(command, env=places, stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
 
 def left(folder: str | Path, name: str) -> bytes:
