@@ -537,6 +537,7 @@ STRANGE = (
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 150)), deadline=20_000, print_blob=False)
 @given(data=st.data())
 def test_an_artifact_from_a_stranger_loads_or_is_refused_in_one_line(packed, c, tmp_path_factory, data):

@@ -687,7 +687,8 @@ def test_of_two_runs_of_one_name_one_is_refused(settings, folder):
     [dict(RANK="0", WORLD_SIZE="2"), dict(RANK="abc"), dict(WORLD_SIZE="0"), dict(RANK="3", WORLD_SIZE="2")],
     ids=str,
 )
-def test_what_torchrun_left_in_the_environment_is_named(run, left):
+def test_what_torchrun_left_in_the_environment_is_named(run, left, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # other ranks than the first wait before they say it
     names = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
     assert_refused(run("left", extra=names | left), "RANK, WORLD_SIZE, LOCAL_RANK: allowed are those of torchrun")
 
