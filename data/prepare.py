@@ -65,6 +65,7 @@ MAX_SHARD_TOKENS = 100_000_000
 MAX_VOCAB = 1 << 16  # a token is a uint16
 BATCH_CHARS = 1 << 20  # of text handed to a worker process at a time
 PART_CHARS = 1 << 20  # of a text file that are encoded at a time
+ANCHOR = "a"  # a word that stands before a part of a text while it is encoded
 HEAD_CHARS = 60  # of a document shown in an error
 SPACE_MARK = "\u2581"  # SentencePiece's own sign for a space: a text that holds it decodes to a space
 
@@ -327,10 +328,10 @@ def load_tokenizer(model: bytes, where: str | Path = "tokenizer") -> sentencepie
     return processor
 
 
-def cuts_exactly(model: bytes) -> bool:
-    """Whether a text may be encoded in parts that begin with a space. It depends on how a tokenizer treats spaces."""
+def splits_at_spaces(model: bytes) -> bool:
+    """Whether no token reaches over a space between words, so that a text may be encoded in parts."""
     encode = load_tokenizer(model).encode
-    return encode("a") + encode(" b") == encode("a b")
+    return encode(f"{ANCHOR} {ANCHOR}")[: len(encode(ANCHOR))] == encode(ANCHOR)
 
 
 def first_bytes(pieces: Iterable[Piece], limit_bytes: int) -> Iterator[str]:
@@ -369,16 +370,17 @@ def encode_batch(pieces: list[Piece]) -> list[Encoded]:
     """Encode some pieces. Raises PrepareError if the tokenizer should be lossless and is not."""
     found = []
     for text, begins in pieces:
-        ids = worker.tokenizer.encode(text)
-        decoded = worker.tokenizer.decode(ids)
-        if ids and not begins and decoded[:1] != " ":  # a decoder may drop the space before the first word
-            decoded = " " + decoded
+        # A tokenizer may drop or add a space at the start of a text, and so stands a word before what is none.
+        before = "" if begins else ANCHOR
+        ids = worker.tokenizer.encode(before + text)
+        decoded = worker.tokenizer.decode(ids)[len(before) :]
         if worker.lossless and decoded != text:
             raise PrepareError(
                 f"document {text[:HEAD_CHARS]!r}: the tokenizer does not decode it to the same text; "
                 f"allowed are documents without U+2581, which SentencePiece takes for a space"
             )
-        tokens = np.array([worker.tokenizer.bos_id()] * begins + ids, dtype="<u2")
+        n_before = len(worker.tokenizer.encode(before))
+        tokens = np.array([worker.tokenizer.bos_id()] * begins + ids[n_before:], dtype="<u2")
         digest = text_digest(decoded) if begins else None
         found.append(Encoded(tokens, byte_count(decoded), text[:HEAD_CHARS], digest))
     return found
@@ -575,7 +577,7 @@ def make_text(args: argparse.Namespace) -> None:
             print(f"training a tokenizer of {args.train_tokenizer} pieces")
             model = train_tokenizer(first_bytes(train, args.tokenizer_bytes), args.train_tokenizer)
         names = [path.name for path in (*args.train, *args.val)]
-        part_chars = PART_CHARS if cuts_exactly(model) else sys.maxsize
+        part_chars = PART_CHARS if splits_at_spaces(model) else sys.maxsize
         splits = (TextFiles(paths, label, part_chars) for paths, label in ((args.train, "train"), (args.val, "val")))
         corpus = Corpus(*splits, names, not args.tokenizer, args.drop_shared)
         write_dataset(folder, out.name, corpus, model, args.shard_tokens)

@@ -202,39 +202,40 @@ def test_the_text_column_of_parquet_is_read(corpus, model, tmp_path):
     assert documents_of(corpus.out, "train") == corpus.documents
 
 
-@pytest.mark.parametrize("lossy", [False, True])
-def test_a_long_text_file_is_one_document_whose_parts_do_not_show(corpus, tmp_path, monkeypatch, lossy):
-    text = "\n".join(corpus.documents)
+SPACES = {
+    "ours": None,
+    "default": dict(),
+    "as the published": dict(add_dummy_prefix=False),
+    "as Llama's": dict(remove_extra_whitespaces=False),
+}
+
+
+@pytest.mark.parametrize("options", SPACES.values(), ids=SPACES)
+def test_a_long_text_file_is_one_document_whose_parts_do_not_show(corpus, model, tmp_path, monkeypatch, options):
+    """Tokenizers drop or add spaces at the start of a text, each kind in its own way."""
     whole, parts = tmp_path / "whole" / "made", tmp_path / "parts" / "made"
     train = tmp_path / "train.txt"
-    train.write_bytes(text.encode())
-    if lossy:
-        given = ("--tokenizer", sentencepiece_model(tmp_path / "lossy.model", byte_fallback=True))
-    else:
-        given = ("--tokenizer", tmp_path / "made.model")
-        given[1].write_bytes(prepare.train_tokenizer(corpus.documents, VOCAB))
-    assert run_text(train, corpus.val, whole, *given) == 0
+    train.write_bytes("\n".join(corpus.documents).encode())
+    if options is not None:
+        model = sentencepiece_model(tmp_path / "other.model", byte_fallback=True, **options)
+    assert prepare.splits_at_spaces(model.read_bytes())
+    assert run_text(train, corpus.val, whole, "--tokenizer", model) == 0
     monkeypatch.setattr(prepare, "PART_CHARS", 500)
     monkeypatch.setattr(prepare, "BATCH_CHARS", 700)
     assert len(list(prepare.TextFiles([train], "", 500))) > 20
-    assert run_text(train, corpus.val, parts, *given) == 0
+    assert run_text(train, corpus.val, parts, "--tokenizer", model) == 0
     assert files_of(whole) == files_of(parts)
+    assert len(documents_of(parts, "train")) == 1
 
 
-@pytest.mark.parametrize(
-    "options", [dict(remove_extra_whitespaces=False), dict(add_dummy_prefix=False)], ids=["as Llama's", "no prefix"]
-)
-def test_a_tokenizer_that_treats_a_parts_first_space_otherwise_gets_the_whole_text(
-    tmp_path, corpus, monkeypatch, options
-):
-    odd = sentencepiece_model(tmp_path / "odd.model", byte_fallback=True, **options)
-    assert not prepare.cuts_exactly(odd.read_bytes())
-    train = tmp_path / "train.txt"
-    train.write_bytes(" ".join(corpus.documents).encode())
-    monkeypatch.setattr(prepare, "PART_CHARS", 100)
-    assert run_text(train, corpus.val, corpus.out, "--tokenizer", odd) == 0
-    tokens = tokens_of(corpus.out, "train").tolist()
-    assert tokens[1:] == sentencepiece.SentencePieceProcessor(model_file=str(odd)).encode(train.read_bytes().decode())
+def test_a_tokenizer_whose_tokens_reach_over_spaces_gets_the_whole_text(tmp_path, monkeypatch):
+    wide = tmp_path / "wide.model"
+    with wide.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a a a a a"] * 99), model_writer=file, vocab_size=300, minloglevel=2,
+            hard_vocab_limit=False, byte_fallback=True, split_by_whitespace=False, model_type="bpe",
+        )  # fmt: skip
+    assert not prepare.splits_at_spaces(wide.read_bytes())
 
 
 def test_a_long_text_without_spaces_stays_whole(tmp_path):
