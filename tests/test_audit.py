@@ -24,6 +24,7 @@ import pytest
 import torch
 
 import audit
+import box
 import train_gpt
 from train_gpt import Backoff, Hedge, Mixer
 
@@ -35,6 +36,7 @@ BY_WATCHING = tuple(name for name in QUICK if name != "claim")  # a faulty scrip
 CHUNK = 64
 N = 4 * CHUNK + 5  # the last chunk is less than a stride: of two ranks, one has no rows there
 pytestmark = pytest.mark.slow
+in_a_box = pytest.mark.skipif(bool(box.why_open()), reason=f"no namespaces here: {box.why_open()}")
 
 
 @pytest.fixture(scope="session")
@@ -571,6 +573,7 @@ def words(fault) -> str:
     return re.sub(r"(?<!^)(?=[A-Z])|_", " ", text).lower()
 
 
+@in_a_box
 def test_an_honest_run_passes_every_check(honest_run, tiny_data, tmp_path):
     report = tmp_path / "report.json"
     command = [sys.executable, str(ROOT / "tools" / "audit.py"), "--artifact", str(honest_run / "honest.artifact")]
@@ -635,6 +638,7 @@ def test_the_ranks_share_the_rows_and_make_the_same_probes(subject, honest_passe
     np.testing.assert_allclose(one.nll, honest_passes.ledger.nll, rtol=1e-4, atol=1e-5)
 
 
+@in_a_box
 def test_adaptation_that_the_clock_ended_is_taken_from_the_record(subject):
     """The run of a slow machine is watched and decoded with the chunks that it adapted to, and the check says so."""
     record = copy.deepcopy(subject.record)
@@ -649,6 +653,13 @@ def test_adaptation_that_the_clock_ended_is_taken_from_the_record(subject):
     assert "bytes identical" in audit.decoded(stopped, audit.Passes(ledger, score, [], ""))[1]
 
 
+def test_without_a_box_the_checks_that_need_one_do_not_pass(subject, honest_passes, monkeypatch):
+    monkeypatch.setattr(box, "why_open", lambda: "no namespaces")
+    found = audit.audit(subject, honest_passes, PROCESSES)
+    assert found == dict.fromkeys(PROCESSES, (False, "NOT ISOLATED: no namespaces"))
+
+
+@in_a_box
 def test_a_run_at_smoke_size_passes_every_check(tmp_path):
     """The smoke preset's model and data, trained for four steps."""
     names = {f.name.upper() for f in dataclasses.fields(train_gpt.Config)} | {"TRITON_INTERPRET"}
@@ -671,6 +682,8 @@ def test_a_run_at_smoke_size_passes_every_check(tmp_path):
 @pytest.mark.parametrize("fault", FAULTS, ids=words)
 def test_a_planted_fault_fails_the_check_that_names_it(fault, subject, honest_passes, tmp_path):
     plant, check = FAULTS[fault]
+    if check in PROCESSES and box.why_open():
+        pytest.skip(f"no namespaces here: {box.why_open()}")
     names = (check,) if check in PROCESSES else [name for name in QUICK if name in (check, *BY_WATCHING)]
     faulty = plant(subject, tmp_path)
     found = audit.audit(faulty, honest_passes if fault in FILES else audit.watch(faulty, probes=2), names)
