@@ -191,9 +191,7 @@ class Config:
     ttt_momentum: float = setting(0.9, 0.0, 0.9999, score=True)  # sgd only; adamw uses BETA1, BETA2
     ttt_epochs: int = setting(3, 0, 1000, score=True)
     ttt_batch_tokens: int = setting(32_768, 8, 2**22, score=True)  # per step, over all ranks
-    ttt_micro_tokens: int = setting(
-        4096, 8, 2**22, score=True
-    )  # per backward pass: what a rank gets is a multiple of it
+    ttt_micro_tokens: int = setting(4096, 8, 2**22, score=True)  # per backward pass; a rank gets a multiple of it
     ttt_freeze_blocks: int = setting(0, score=True)  # leading blocks that stay as they are; -2 = all but the last two
     ttt_grad_clip: float = setting(1.0, 0.0, score=True)
     ttt_polyak: float = setting(0.0, 0.0, 0.999999, score=True)  # decay of the average that predicts; 0 = none
@@ -292,7 +290,7 @@ def refuse_unknown(env: dict[str, str], known: list[str]) -> None:
         family, underscore, _ = name.partition("_")
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.85) if len(name) > 5 else []  # STAGE is common
         if near or name in others or underscore and family in families:
-            members = near or [known for known in known if known.startswith(family + "_")]
+            members = near or [k for k in known if k.startswith(family + "_")]
             members = members or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             raise InputError(f"unknown setting {name}={env[name]}: did you mean {', '.join(members) or 'another'}?")
 
@@ -660,6 +658,10 @@ class TrainLoader:
     def batch(self, step: int) -> Tensor:
         """Return this rank's sequences of an optimizer step. The host, which runs ahead, reads them in 2 ms of 80."""
         return self.run_rows(step * self.c.batch_seqs, self.c.batch_seqs)
+
+    def gptq_rows(self) -> Tensor:
+        """Return this rank's part of the sequences on which the Hessians are measured."""
+        return self.run_rows(0, max(1, self.c.gptq_tokens // self.seq_len))
 
     def averaging_rows(self) -> Tensor:
         """Return this rank's part of the held-out spans on which averages are chosen."""
@@ -1742,7 +1744,7 @@ def unpack(parts: dict[str, bytes], c: Config, device: torch.device) -> tuple[GP
     with torch.device("meta"):  # takes no memory
         empty = GPT(c)
     numbers = sum(x.numel() for x in (*empty.parameters(), *empty.buffers()))
-    if numbers > 32 * (n_bytes := sum(map(len, parts.values()))) + 2**24:  # no codes take a quarter of a bit each
+    if numbers > 32 * (n_bytes := sum(map(len, parts.values()))) + 2**24:  # less than a quarter of a bit a weight
         raise InputError(f"ARTIFACT_PATH={c.artifact_path}: a model of {numbers} numbers in {n_bytes} bytes")
     model, net = make_model(c, device), BiasNet(c)
     quantized = quantized_parameters(model)
@@ -2596,7 +2598,7 @@ def train_and_export(tokenizer_sha256: str, c: Config, dist: Dist, stream: Strea
     model, loader = make_model(c, dist.device).init_weights(c.seed).to(dist.device), TrainLoader(c, dist)
     log.info(f"model_params:{sum(p.numel() for p in model.parameters())}")
     log.info(f"artifact_budget:{artifact_budget(model, c)} bytes beside the script")
-    batch = loader.run_rows(0, max(1, c.gptq_tokens // c.train_seq_len))  # read now: the export must not need the files
+    batch = loader.gptq_rows()  # read now: the export must not need the files
     averages, clock, record = train(model, loader, c, dist, stream)
     stepped = record["seconds"]
     choose_average(model, averages, loader, c, dist)

@@ -103,7 +103,8 @@ class TextFiles:
                         bar.update(before + file.tell() - bar.n)
 
 
-KINDS = [kind + packed for kind in (".txt", ".jsonl") for packed in ("", ".xz", ".gz", ".zst")] + [".parquet"]
+PACKED = (".xz", ".gz", ".zst")
+KINDS = [kind + packed for kind in (".txt", ".jsonl") for packed in ("", *PACKED)] + [".parquet"]
 DAMAGE = (xz.XZError, lzma.LZMAError, zlib.error, EOFError, OSError, UnicodeDecodeError, pyarrow.ArrowException)
 
 
@@ -113,7 +114,7 @@ def read_pieces(path: Path, file: BinaryIO, part_chars: int) -> Iterator[Piece]:
     try:
         if path.suffix == ".parquet":
             pieces = rows_of_parquet(path, file)
-        elif ".txt" in path.suffixes[-2:]:
+        elif (path.with_suffix("") if path.suffix in PACKED else path).suffix == ".txt":
             pieces = parts_of_text(unpacked(path, file), part_chars)
         else:
             lines = ((number, line) for number, line in enumerate(unpacked(path, file), 1) if line.strip())

@@ -156,7 +156,7 @@ def test_manifest_tells_what_is_there(corpus):
 
 def test_all_kinds_of_file_in_the_order_given(corpus, model, tmp_path):
     parts = corpus.documents[:10], corpus.documents[10:11], corpus.documents[11:12], corpus.documents[12:]
-    first, last = jsonl(tmp_path / "z.jsonl.xz", parts[0]), jsonl(tmp_path / "a.jsonl", parts[3])
+    first, last = jsonl(tmp_path / "z.jsonl.xz", parts[0]), jsonl(tmp_path / "a.txt.jsonl", parts[3])
     plain, packed = tmp_path / "y.txt", tmp_path / "b.txt.xz"
     plain.write_bytes(parts[1][0].encode())
     packed.write_bytes(lzma.compress(parts[2][0].encode()))

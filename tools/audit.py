@@ -255,14 +255,14 @@ def rescored(subject: Subject, n_stretches: int, seed: int) -> tuple[Ledger, tra
 class ThreadRank(Dist):
     """One of several ranks that are threads of this process, with the collectives that scoring needs."""
 
-    def __init__(self, rank: int, device: torch.device, barrier: threading.Barrier, box: list):
+    def __init__(self, rank: int, device: torch.device, barrier: threading.Barrier, slots: list):
         super().__init__(rank, barrier.parties, device)
-        self.barrier, self.box = barrier, box
+        self.barrier, self.slots = barrier, slots
 
     def exchange(self, mine, reduce):
-        self.box[self.rank] = mine
+        self.slots[self.rank] = mine
         self.barrier.wait()
-        result = reduce(self.box)
+        result = reduce(self.slots)
         self.barrier.wait()
         return result
 
@@ -275,12 +275,12 @@ class ThreadRank(Dist):
 
 def pass_of_ranks(subject: Subject, n_ranks: int, probes: int) -> tuple[list[tuple[Ledger, train_gpt.Score]], str]:
     """Make the same pass by several ranks in shorter blocks. Return each rank's findings, or none and what stopped."""
-    barrier, box, found = threading.Barrier(n_ranks, timeout=3600), [None] * n_ranks, [None] * n_ranks
+    barrier, slots, found = threading.Barrier(n_ranks, timeout=3600), [None] * n_ranks, [None] * n_ranks
     stopped = []
 
     def work(rank: int) -> None:
         try:
-            dist = ThreadRank(rank, subject.dist.device, barrier, box)
+            dist = ThreadRank(rank, subject.dist.device, barrier, slots)
             found[rank] = watched_pass(subject, dist, probes, n_blocks=2)
         except Exception as error:  # of a script that is under suspicion
             stopped.append(f"{type(error).__name__} {error}")

@@ -548,7 +548,7 @@ def bench_artifact(args, c: Config, dist: Dist) -> None:
     tokenizer, loader = train_gpt.Tokenizer(c), train_gpt.TrainLoader(c, dist)
     stream = Stream(c, dist.device, tokenizer)
     model = load_or_train(Path(args.weights), loader, c, dist)
-    infos = train_gpt.measure_hessians(model, loader.run_rows(0, max(1, c.gptq_tokens // c.train_seq_len)), dist)
+    infos = train_gpt.measure_hessians(model, loader.gptq_rows(), dist)
     n_codes = sum(p.numel() for p in train_gpt.quantized_parameters(model).values())
     nll, bpb = losses(model, loader, stream, c, dist)
     headline(f"{Path(args.weights).name} on {extent(args, stream)}, disjoint windows", c, dist)
