@@ -297,13 +297,12 @@ def refuse_unknown(env: dict[str, str], known: list[str]) -> None:
 
 def read_presets(names: str, known: list[str]) -> dict[str, str]:
     """Return the settings in configs/<name>.env for each of the names, the later ones winning. Raise InputError."""
-    found = {}
+    found, presets = {}, {path.stem: path for path in CONFIGS.glob("*.env")}
     for preset in filter(None, names.split(",")):
-        path = CONFIGS / f"{preset}.env"
-        if not path.is_file():
-            allowed = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.env")))
-            raise InputError(f"PRESET={names}: there is no configs/{preset}.env; allowed are {allowed}")
-        lines = (line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines())
+        if preset not in presets:
+            raise InputError(f"PRESET={preset!r} is not known: allowed are {', '.join(sorted(presets))}")
+        text = presets[preset].read_text(encoding="utf-8")
+        lines = (line.partition("#")[0].strip() for line in text.splitlines())
         for line in filter(None, lines):
             name, equals, value = (part.strip() for part in line.partition("="))
             if not equals or name not in known or name == "PRESET":

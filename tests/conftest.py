@@ -175,6 +175,11 @@ def tiny_env(tmp_path_factory, tiny_data):
     return make
 
 
+def examples(n):
+    """How many examples a test on strange input takes: FUZZ_EXAMPLES in the environment, or n."""
+    return int(os.environ.get("FUZZ_EXAMPLES", n))
+
+
 class VirtualTime:
     """In place of train_gpt's clock: seconds pass where a test says so, and nowhere else."""
 

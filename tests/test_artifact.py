@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from conftest import build, on_ranks, stored
+from conftest import build, examples, on_ranks, stored
 from train_gpt import (
     GRIDS,
     PREFIX,
@@ -538,7 +538,7 @@ STRANGE = (
 
 
 @pytest.mark.slow
-@settings(max_examples=int(os.environ.get("FUZZ_EXAMPLES", 150)), deadline=20_000, print_blob=False)
+@settings(max_examples=examples(150), deadline=20_000, print_blob=False)
 @given(data=st.data())
 def test_an_artifact_from_a_stranger_loads_or_is_refused_in_one_line(packed, c, tmp_path_factory, data):
     """A setting or a size is replaced, a part damaged, cut, or packed anew with something else in it."""
@@ -570,7 +570,9 @@ def test_an_artifact_from_a_stranger_loads_or_is_refused_in_one_line(packed, c, 
     path.write_bytes(sealed(json.dumps(header).encode(), b"".join(parts.values())))
     try:
         opened(path, c)
+        event("loaded")
     except InputError as error:
+        event("refused")
         assert "\n" not in str(error) and "ARTIFACT" in str(error).upper()
 
 

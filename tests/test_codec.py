@@ -11,12 +11,12 @@ from pathlib import Path
 import constriction
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 import codec
 import train_gpt
-from conftest import build, stored
+from conftest import build, examples, stored
 from runs import load_run
 from train_gpt import MIXERS, BiasNet, Dist, InputError, Tokenizer
 
@@ -140,6 +140,28 @@ def test_bytes_behind_the_words_are_refused(run):
     for behind in (b"x", b"\0", b"garbage" * 9):
         with pytest.raises(InputError, match="nothing behind the words"):
             codec.decode(sliding.predictor(), data + behind, run.c.bos_id, CHUNK)
+
+
+@pytest.mark.slow
+@settings(max_examples=examples(20), deadline=20_000, print_blob=False)
+@given(data=st.data())
+def test_a_file_from_a_stranger_is_decoded_or_refused_in_one_line(run, data):
+    """Bytes of a right file are others, are cut out or put in, or all that follows the first byte is noise."""
+    sliding, tokens = changed(run, stages=("sliding",)), run.stream().tokens[:41]
+    right = codec.encode(sliding.predictor(), tokens.clone(), CHUNK)
+    at, noise = data.draw(st.integers(0, len(right))), data.draw(st.binary(min_size=1, max_size=24))
+    ways = [
+        right[:at] + noise + right[at + len(noise) :],
+        right[:at] + noise + right[at:],
+        right[:at] + right[at + 1 :],
+    ]
+    file = data.draw(st.sampled_from([*ways, codec.MAGIC + noise, codec.MAGIC + b"\x28" + noise]))
+    try:
+        assert torch.equal(codec.decode(sliding.predictor(), file, run.c.bos_id, CHUNK), tokens) and file == right
+        event("decoded")
+    except InputError as error:
+        event("refused")
+        assert len(str(error).splitlines()) == 1
 
 
 def test_tokens_that_were_all_but_impossible_come_back(run):

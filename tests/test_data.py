@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, assume, event, given, settings
 from hypothesis import strategies as st
 
 import train_gpt
+from conftest import examples
 from train_gpt import Config, Dist, InputError, Stream, Tokenizer, TrainLoader, read_shard, windows
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
@@ -196,6 +197,29 @@ def test_a_manifest_that_is_no_json_is_refused(data_copy, tiny_config):
     for content in (b"{half", b"[1]", b"\xff", b"[" * 100_000):
         (data_copy / "manifest.json").write_bytes(content)
         assert "manifest.json" in refusal(Tokenizer, tiny_config(data_copy))
+
+
+@pytest.mark.slow
+@settings(max_examples=examples(30), deadline=20_000, print_blob=False)
+@given(data=st.data())
+def test_data_from_a_stranger_is_read_or_refused_in_one_line(tiny_data, tiny_config, tmp_path_factory, data):
+    """Bytes of a shard, of the tokenizer or of a manifest are others, are cut out or put in."""
+    folder = tmp_path_factory.getbasetemp() / "stranger"
+    shutil.copytree(tiny_data, folder, dirs_exist_ok=True)
+    (folder / "manifest.json").write_text('{"val_tokens": 3080, "tokenizer_sha256": null}')
+    path = folder / data.draw(st.sampled_from(["x_val_000000.bin", "tokenizer.model", "manifest.json"]))
+    content = path.read_bytes()
+    at = data.draw(st.integers(0, len(content)) | st.integers(0, min(len(content), 64)))
+    noise = data.draw(st.binary(min_size=1, max_size=16))
+    ways = [content[:at] + noise + content[at + len(noise) :], content[:at] + noise + content[at:], content[:at]]
+    path.write_bytes(data.draw(st.sampled_from(ways)))
+    c = tiny_config(folder)
+    try:
+        assert len(Stream(c, CPU, Tokenizer(c))) > 0
+        event("read")
+    except InputError as error:
+        event("refused")
+        assert len(str(error).splitlines()) == 1
 
 
 def test_a_tokenizer_elsewhere_can_be_named(tiny_tokenizer, data_copy, tiny_config):

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import train_gpt
-from audit import fingerprint
 from conftest import BOS_ID, VOCAB_SIZE, on_ranks
+from serve import fingerprint
 from test_ngrams import PositionLists
 from train_gpt import (
     MIXERS,

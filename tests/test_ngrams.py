@@ -7,8 +7,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from audit import fingerprint
 from conftest import BOS_ID, VOCAB_SIZE
+from serve import fingerprint
 from train_gpt import HashChains, read_shard
 
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import train_gpt
-from audit import fingerprint
 from conftest import build, on_ranks
+from serve import fingerprint
 from test_mixing import random_net
 from train_gpt import (
     STAGES,

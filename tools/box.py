@@ -10,6 +10,7 @@ capability, kernel settings that cannot be written, an environment of a few name
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import os
@@ -47,18 +48,37 @@ exec setpriv --no-new-privs --inh-caps=-all --bounding-set=-all -- env -i "$@"
 
 
 def run(folder: str | Path, arguments: list[str], **env: str) -> subprocess.CompletedProcess:
-    """Run Python with the arguments in the folder. Its output is captured as text."""
-    python = [sys.prefix, sys.base_prefix, *site.getsitepackages(), site.getusersitepackages()]
-    outermost = [x for x in python if not any(x != y and Path(x).is_relative_to(y) for y in [*python, "/usr"])]
+    """Run Python with the arguments in the folder, to its end. Its output is captured as text."""
+    with started(folder, arguments, subprocess.PIPE, **env) as process:
+        out, err = (output.decode(errors="replace") for output in process.communicate())
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def started(folder: str | Path, arguments: list[str], stderr, closed: bool = True, **env: str):
+    """Start Python with the arguments in the folder. Yield the process, its input and output pipes, and kill it.
+
+    closed: False leaves it open to this machine, in the same environment.
+    """
+    homes = [sys.prefix, sys.base_prefix, *site.getsitepackages(), site.getusersitepackages()]
+    outermost = [x for x in homes if not any(x != y and Path(x).is_relative_to(y) for y in [*homes, "/usr"])]
     seen = [*SYSTEM, *DEVICES, *dict.fromkeys(outermost), *glob.glob("/dev/nvidia*")]
     places = {"PATH": "/usr/bin:/bin:/usr/sbin:/sbin", "HOME": "/tmp"}
     kept = {name: os.environ[name] for name in KEPT_NAMES if name in os.environ}
+    variables, python = places | kept | env, [sys.executable, *arguments]
     with tempfile.TemporaryDirectory() as root:
         command = ["unshare", "--user", "--map-root-user", "--mount", "--net", "--pid", "--ipc", "--uts"]
         command += ["--kill-child", "--fork", "sh", "-ec", CLOSE, "box", root, str(folder)]
-        command += [*filter(os.path.exists, seen), "--", *(f"{k}={v}" for k, v in (places | kept | env).items())]
-        command += [sys.executable, *arguments]
-        return subprocess.run(command, env=places, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        command += [*filter(os.path.exists, seen), "--", *(f"{k}={v}" for k, v in variables.items()), *python]
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr)
+        given = dict(args=command, env=places) if closed else dict(args=python, env=variables, cwd=folder)
+        with subprocess.Popen(**given, **pipes) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+                with contextlib.suppress(BrokenPipeError):
+                    process.stdin.close()
 
 
 def left(folder: str | Path, name: str) -> bytes:

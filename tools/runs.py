@@ -10,6 +10,7 @@ codec.py, audit.py and bench.py all begin with it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 from collections.abc import Callable
@@ -31,9 +32,21 @@ class Run:
     header: dict  # the artifact's, with the file's size and sha256
     dist: Dist
     tokenizer: Tokenizer
-    model: train_gpt.GPT  # both as the artifact holds them; a predictor that learns copies them
-    net: BiasNet
+    parts: dict[str, bytes]  # of the artifact
     make_predictor: Callable = train_gpt.make_predictor
+
+    @functools.cached_property
+    def unpacked(self) -> tuple[train_gpt.GPT, BiasNet]:
+        """The model and the mixer's network of the artifact. A predictor that learns copies them."""
+        return train_gpt.unpack(self.parts, self.c, self.dist.device)
+
+    @property
+    def model(self) -> train_gpt.GPT:
+        return self.unpacked[0]
+
+    @property
+    def net(self) -> BiasNet:
+        return self.unpacked[1]
 
     @property
     def stage(self) -> str:
@@ -73,8 +86,7 @@ def load_run(artifact: str | Path, data: str | Path, *, dist: Dist | None = None
     dist = dist or train_gpt.open_dist(c)
     header, parts = dist.broadcast(train_gpt.read_artifact, artifact)
     c = train_gpt.with_artifact(c, header, env)
-    tokenizer = Tokenizer(c, header["tokenizer"])
-    return Run(c, header, dist, tokenizer, *train_gpt.unpack(parts, c, dist.device))
+    return Run(c, header, dist, Tokenizer(c, header["tokenizer"]), parts)
 
 
 def be_deterministic() -> None:

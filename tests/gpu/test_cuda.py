@@ -10,8 +10,8 @@ from test_kernels import both_ways, naive_attention
 import codec
 import runs
 import train_gpt
-from audit import fingerprint
 from conftest import build, random_tokens
+from serve import fingerprint
 from train_gpt import GPT, Config, Dist, Kernels, Optimizers, TrainLoader
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device; none is present")
