@@ -40,7 +40,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections import deque
+from collections import defaultdict, deque
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -1458,6 +1458,9 @@ class Grid:
         """Return the code nearest to each weight, as float32."""
         return (w / (self.steps() if steps is None else steps)).round().clamp(-self.qmax, self.qmax)
 
+    def cpu(self) -> Grid:
+        return Grid(*(x.cpu() for x in (self.scale, self.rows, self.columns, self.caps)), self.qmax)
+
 
 def code_limit(role: str, c: Config) -> int:
     """Return qmax, the largest code of a parameter; int6's tables have two bits more than its matrices."""
@@ -1548,34 +1551,38 @@ def measure_hessians(model: GPT, batch: Tensor, dist: Dist) -> dict[str, Hessian
     return found
 
 
-def gptq(w: Tensor, grid: Grid, info: HessianInfo) -> Tensor:
-    """Return the codes of a linear map's weights [rows, cols]: GPTQ (Frantar et al. 2023, arXiv 2210.17323)."""
+def gptq(ws: list[Tensor], grids: list[Grid], infos: list[HessianInfo]) -> list[Tensor]:
+    """Return the codes of linear maps of one shape [rows, cols]: GPTQ (Frantar et al. 2023, arXiv 2210.17323)."""
     # The later columns make up for what rounding a column does to the outputs, as far as their inputs go together.
-    order, upper, block = info.order, info.hinv_chol, 128
-    w, steps = w.float()[:, order], grid.steps()[:, order]
+    order, upper, block = torch.stack([x.order for x in infos]), torch.stack([x.hinv_chol for x in infos]), 128
+    at, back = (x.unsqueeze(1).expand(-1, len(ws[0]), -1) for x in (order, order.argsort(1)))
+    w, steps = (torch.stack(x).detach().float().gather(2, at) for x in (ws, [grid.steps() for grid in grids]))
     codes = torch.empty_like(w)
-    for first in range(0, w.shape[1], block):
-        last = min(first + block, w.shape[1])
-        errors = torch.empty_like(w[:, first:last])
-        for j in range(first, last):
-            codes[:, j] = grid.nearest(w[:, j], steps[:, j])
-            error = (w[:, j] - codes[:, j] * steps[:, j]) / upper[j, j]
-            w[:, j + 1 : last] -= torch.outer(error, upper[j, j + 1 : last])
-            errors[:, j - first] = error
-        w[:, last:] -= errors @ upper[first:last, last:]
-    return codes[:, order.argsort()]
+    for first in range(0, w.shape[2], block):
+        last = min(first + block, w.shape[2])
+        errors = torch.empty_like(w[..., first:last])
+        for j in range(first, last):  # of all maps at once: on a GPU, launches take the time
+            codes[..., j] = grids[0].nearest(w[..., j], steps[..., j])
+            error = (w[..., j] - codes[..., j] * steps[..., j]) / upper[:, j, j, None]
+            w[..., j + 1 : last] -= error.unsqueeze(2) * upper[:, j, None, j + 1 : last]
+            errors[..., j - first] = error
+        w[..., last:] -= errors @ upper[:, first:last, last:]
+    return list(codes.gather(2, back))
 
 
 def quantize(model: GPT, infos: dict[str, HessianInfo], log2_step: float, c: Config) -> Quantized:
     """Return the codes of all quantized parameters at one step size: linear maps by GPTQ, embeddings to the nearest."""
-    found = {}
-    for name, p in quantized_parameters(model).items():
-        w, info = p.detach(), infos[name]
-        grid = GRIDS[c.quant](w, p.role, info, log2_step, c)
-        codes = grid.nearest(w) if info.hinv_chol is None else gptq(w, grid, info)
-        parts = (x.cpu() for x in (grid.scale, grid.rows, grid.columns, grid.caps))
-        found[name] = codes.to(torch.int8).cpu(), Grid(*parts, grid.qmax)
-    return found
+    params, banks, codes = quantized_parameters(model), defaultdict(list), {}
+    grids = {name: GRIDS[c.quant](p.detach(), p.role, infos[name], log2_step, c) for name, p in params.items()}
+    for name, p in params.items():
+        if infos[name].hinv_chol is None:
+            codes[name] = grids[name].nearest(p.detach())
+        else:
+            banks[p.shape].append(name)
+    for names in banks.values():
+        bank = ([of[name] for name in names] for of in (params, grids, infos))
+        codes |= zip(names, gptq(*bank), strict=True)
+    return {name: (codes[name].to(torch.int8).cpu(), grids[name].cpu()) for name in params}
 
 
 @torch.no_grad()
