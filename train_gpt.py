@@ -435,8 +435,11 @@ def open_dist(c: Config) -> Dist:
     timeout = datetime.timedelta(seconds=c.dist_timeout_seconds)
     if world_size > 1 and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no rank outlives torchrun
-    if c.device == "cuda" and not torch.cuda.is_available():
-        raise InputError("DEVICE=cuda: no CUDA device is available; allowed here are 'auto' and 'cpu'")
+    trains_full_size = c.device == "auto" and c.phase != "eval" and not c.preset  # weeks on a CPU
+    if not torch.cuda.is_available() and (c.device == "cuda" or trains_full_size):
+        with refusing(f"DEVICE={c.device}: no GPU can be used; allowed here are DEVICE=cpu, or a PRESET for its sizes"):
+            torch.cuda.init()  # tells why
+            raise RuntimeError("the driver shows no device")
     if c.device == "cpu" or not torch.cuda.is_available():
         if world_size > 1:
             c10d.init_process_group("gloo", timeout=timeout)

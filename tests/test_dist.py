@@ -177,7 +177,10 @@ def test_cuda_is_refused_where_there_is_none(tiny_config, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(InputError, match="DEVICE=cuda"):
         open_dist(tiny_config(device="cuda"))
-    assert open_dist(tiny_config(device="auto")).device == CPU
+    with pytest.raises(InputError, match="DEVICE=auto: no GPU .* allowed here are DEVICE=cpu, or a PRESET .*CUDA"):
+        open_dist(tiny_config(device="auto"))
+    for beside in (dict(preset="smoke"), dict(phase="eval", artifact_path="x")):
+        assert open_dist(tiny_config(device="auto", **beside)).device == CPU
 
 
 def test_more_processes_than_devices_are_refused(tiny_config, monkeypatch):
