@@ -305,14 +305,14 @@ def minimum_over_two_passes(predictor, stream, chunk_tokens, dist):
 
 
 def overlapping_windows(predictor, stream, chunk_tokens, dist):
-    """The last rows of a chunk are scored again, and the better of both counts (#1507)."""
+    """The last rows of a chunk are scored again after training on it, and the better of both counts (#1507)."""
     for chunk in stream.chunks(chunk_tokens):
-        n = len(chunk.inputs)
-        again, nll = slice(max(0, n - 32), n), row_nll(predictor, chunk, whole(chunk))
-        nll[again] = torch.minimum(nll[again], row_nll(predictor, chunk, again))
+        nll, before = row_nll(predictor, chunk, whole(chunk)), copy.deepcopy(predictor)
+        predictor.update(chunk.tokens)
+        before.neural.learner.load_state_dict(predictor.neural.learner.state_dict())
+        again = slice(max(0, len(nll) - 32), len(nll))
+        nll[again] = torch.minimum(nll[again], row_nll(before, chunk, again))
         yield nll
-        if not chunk.is_last:
-            predictor.update(chunk.tokens)
 
 
 # ======================================================================================================================
@@ -420,7 +420,8 @@ def mebibytes_for_megabytes(subject, folder):
     path.write_bytes(bytes(16_500_000 - script_bytes))
     record = copy.deepcopy(subject.record)
     record["artifact"] |= dict(code_bytes=script_bytes, total_bytes=16_500_000, cap_bytes=16 * 2**20)
-    return dataclasses.replace(subject, c=dataclasses.replace(subject.c, artifact_path=str(path)), record=record)
+    c = dataclasses.replace(subject.c, artifact_path=str(path))
+    return dataclasses.replace(subject, c=c, record=record, open_ranks=in_this_process)
 
 
 def averaging_left_out_of_the_time(subject, folder):
