@@ -645,6 +645,7 @@ def test_a_process_of_its_own_gives_the_rows_that_this_one_gives(subject, honest
         assert torch.equal(there.predict(inputs[:-1], rows), here.predict(inputs[:-1], rows))
 
 
+@in_a_box
 @pytest.mark.parametrize(
     "fault, word",
     [

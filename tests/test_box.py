@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
 import socket
+import subprocess
+import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -98,3 +102,25 @@ def test_variables_of_the_program_are_not_those_of_the_tools_that_close_the_box(
     planted.chmod(0o755)
     done = box.run(tmp_path, ["-c", "import os; print(os.environ['PATH'])"], PATH=str(tmp_path), LD_PRELOAD="x.so")
     assert done.stdout == f"{tmp_path}\n" and not (tmp_path / "escaped").exists()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the numbers of system calls are those of x86_64")
+def test_a_box_has_a_keyring_of_its_own(tmp_path):
+    """A session's keyring would carry the text from the box that encodes to the one that decodes."""
+    keys = "import ctypes; call = ctypes.CDLL(None, use_errno=True).syscall; session = ctypes.c_int(-3); "
+    both = f"import sys; sys.path.insert(0, {str(Path(box.__file__).parent)!r}); import box\n"
+    both += "first, second = (box.run(sys.argv[1], ['-c', code]).stdout for code in sys.argv[2:])\n"
+    both += "assert int(second) < 0, (first, second)"
+    put = keys + "print(call(248, b'user', b'text', b'secret', 6, session))"
+    get = keys + "print(call(250, 10, session, b'user', b'text', 0))"
+    subprocess.run([sys.executable, "-c", keys + "call(250, 1, None)\n" + both, str(tmp_path), put, get], check=True)
+
+
+def test_a_program_that_no_longer_dies_with_its_parent_is_killed(tmp_path):
+    forever = "import ctypes, time; ctypes.CDLL(None).prctl(1, 0); ticks = open('ticks', 'w', buffering=1)\n"
+    forever += "while True: print('tick', file=ticks); print('up', flush=True); time.sleep(0.05)"
+    with box.started(tmp_path, ["-c", forever], subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"up\n"
+    before = (tmp_path / "ticks").read_text()
+    time.sleep(0.5)
+    assert (tmp_path / "ticks").read_text() == before

@@ -2,8 +2,9 @@
 
 python tools/audit.py --artifact A --data D --record R.json [--script S] [--tokens N] [--report out.json]
 
-The script runs in closed processes only, which get tokens and give rows. All figures are made here, by the train_gpt.py
-of this checkout: audit another's run with `--script` from a checkout that you trust.
+The script runs in closed processes, which get tokens and give rows. All figures are made here, by the train_gpt.py of
+this checkout: audit another's run with `--script` from a checkout that you trust. A machine without namespaces runs no
+other script.
 
 Print a line a check, PASS or FAIL with its figure, and exit with 0 only if all pass. `--record` takes the JSON record
 of the run that scored, and that of the run that trained if it is another; their logs lie beside them.
@@ -79,12 +80,15 @@ def folder_of(subject: Subject):
 @contextlib.contextmanager
 def in_a_process(subject: Subject, n_ranks: int = 1, n_blocks: int = 1):
     """Open the script's predictors in a process of its own, closed where this machine has a box. Raise InputError."""
+    reason, own = box.why_open(), Path(train_gpt.__file__).read_bytes()
+    if reason and subject.script.read_bytes() != own:
+        raise InputError(f"--script={subject.script}: no box here ({reason}); allowed is this checkout's train_gpt.py")
     stop = () if subject.ttt_stop is None else (str(subject.ttt_stop),)
     arguments = ["tools/serve.py", str(n_ranks), str(n_blocks), *stop]
     with (
         folder_of(subject) as folder,
         tempfile.TemporaryFile() as said,
-        box.started(folder, arguments, said, closed=not box.why_open(), **subject.env) as process,
+        box.started(folder, arguments, said, closed=not reason, **subject.env) as process,
     ):
         yield serve.Remote(process, subject.c, said)
 
@@ -148,15 +152,19 @@ class Ledger:
 
 
 class Witness:
-    """Ask a predictor for the rows of a stream, record them, and ask again with another future."""
+    """Ask a predictor for the rows of a stream, record them, and ask again with another future.
 
-    def __init__(self, predictor, stream: Stream, probes: int, vocab_size: int):
+    The other future is text of the same stream, and comes before the true one or after it. No predictor can tell which
+    of the two it is asked with first, unless it knows the seed.
+    """
+
+    def __init__(self, predictor, stream: Stream, probes: int, vocab_size: int, seed: int):
         self.predictor, self.stream, self.probes, self.vocab_size = predictor, stream, probes, vocab_size
-        self.ledger, self.random = Ledger(np.zeros(len(stream))), torch.Generator().manual_seed(len(stream))
+        self.ledger, self.random = Ledger(np.zeros(len(stream))), torch.Generator().manual_seed(seed)
 
     def look(self, chunk: train_gpt.Chunk, rows: slice) -> Tensor:
         """Record a block of rows as distributions, and what they charge their targets. Return it: [m, V]."""
-        ledger, logp = self.ledger, self.predictor.predict(chunk.inputs, rows)
+        ledger, logp = self.ledger, self.predictor.predict(chunk.inputs[: rows.stop], rows)
         nll = -logp.gather(1, chunk.targets[rows].cpu().unsqueeze(1)).squeeze(1)
         ledger.nll[chunk.start + rows.start : chunk.start + rows.stop] = nll.double()
         ledger.rows += len(logp)
@@ -169,8 +177,8 @@ class Witness:
     def probe(self, chunk: train_gpt.Chunk, rows: slice) -> None:
         """Look, and see that predict changes no state and that no row moves with what comes after its context."""
         inputs, positions, before = chunk.inputs, self.positions(chunk.inputs, rows), self.predictor.fingerprint()
-        # The first other future comes before the true one.
-        early = [self.predictor.predict(self.other_future(inputs, j), rows) for j in positions[:1]]
+        n_early = int(torch.randint(2, (), generator=self.random))
+        early = [self.predictor.predict(self.other_future(inputs, j), rows) for j in positions[:n_early]]
         logp = self.look(chunk, rows)
         self.ledger.state_changes += self.predictor.fingerprint() != before
         for j, after in zip(positions, early, strict=False):
@@ -191,9 +199,9 @@ class Witness:
         return list(dict.fromkeys(j for j in found if rows.start <= j < min(rows.stop, len(inputs) - 1)))
 
     def other_future(self, inputs: Tensor, j: int) -> Tensor:
-        """Return the inputs with other tokens behind row j's context."""
-        other = torch.randint(0, self.vocab_size, inputs[j + 1 :].shape, generator=self.random)
-        return torch.cat([inputs[: j + 1], other.to(inputs)])
+        """Return the inputs with other text behind row j's context."""
+        shift = int(torch.randint(1, len(self.stream), (), generator=self.random))
+        return torch.cat([inputs[: j + 1], self.stream.tokens.roll(shift)[: len(inputs) - j - 1].to(inputs)])
 
     def compare(self, after: Tensor, logp: Tensor, row: int) -> None:
         """Count the rows up to `row` that differ."""
@@ -201,13 +209,15 @@ class Witness:
         self.ledger.moved_rows += int((after[: row + 1] != logp[: row + 1]).any(1).sum())
 
 
-def watched_pass(subject: Subject, n_ranks: int = 1, probes: int = 4, n_blocks: int = 1, watched=None) -> Ledger:
+def watched_pass(
+    subject: Subject, n_ranks: int = 1, probes: int = 4, n_blocks: int = 1, watched=None, seed: int = 0
+) -> Ledger:
     """Score the subject's head once from left to right, by so many ranks, a chunk in at least so many blocks.
 
     watched: the positions at which the chunks begin that are probed; None = all.
     """
     with subject.open_ranks(subject, n_ranks, n_blocks) as predictor:
-        witness = Witness(predictor, subject.head, probes, subject.c.vocab_size)
+        witness = Witness(predictor, subject.head, probes, subject.c.vocab_size, seed)
         for chunk in subject.head.chunks(subject.chunk_tokens):
             see = witness.probe if watched is None or chunk.start in watched else witness.look
             for start in range(0, len(chunk.inputs), predictor.rows):
@@ -222,7 +232,8 @@ def rescored(subject: Subject, n_stretches: int, seed: int) -> Ledger:
     """Score all that the run scored once more, and watch so many of its chunks, drawn at random."""
     whole = subject.as_run(subject.stated["tokens"])
     starts = range(0, len(whole.head), whole.chunk_tokens)
-    return watched_pass(whole, probes=2, watched=random.Random(seed).sample(starts, min(n_stretches, len(starts))))
+    drawn = random.Random(seed).sample(starts, min(n_stretches, len(starts)))
+    return watched_pass(whole, probes=2, watched=drawn, seed=seed)
 
 
 # ======================================================================================================================
@@ -283,13 +294,16 @@ def distribution(subject: Subject, passes: Passes) -> tuple[bool, str]:
 
 
 def score_before_update(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """Check condition 3: predict leaves the state alone. The auditor hands update what it has recorded, never more."""
+    """Check condition 3: predict leaves the state alone, as its process reports. `update` gets what has its rows."""
     changes, learned = (sum(getattr(x, name) for x in passes.alone) for name in ("state_changes", "learned"))
     return not changes, f"predict changed the state {changes} times; {learned} positions learned from, after their rows"
 
 
 def single_pass(subject: Subject, passes: Passes) -> tuple[bool, str]:
-    """Check condition 4: the run charged each token what its row says in one pass from left to right."""
+    """Check condition 4: the run charged each token what its row says in one pass from left to right.
+
+    Of the head, and with `--stretches` of all that it scored.
+    """
     by_token = per_token_record(subject)
     if by_token is None:
         return False, "no per-token record: score with SCORES_PATH=x.npz"
@@ -545,7 +559,7 @@ def trained(subject: Subject, files: dict[str, bytes], given: dict) -> tuple[byt
     The box has no configs: every setting is given explicitly, the record's where `given` has no other.
     """
     config = {name: x for name, x in subject.training["config"].items() if hasattr(subject.c, name)}
-    config |= dict(preset="", run_id="again", log_dir="logs", data_path="data", tokenizer_path="", artifact_path="")
+    config |= dict(preset="", log_dir="logs", data_path="data", tokenizer_path="", artifact_path="")
     config |= dict(scores_path="") | given
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder, "data")
@@ -556,7 +570,7 @@ def trained(subject: Subject, files: dict[str, bytes], given: dict) -> tuple[byt
             (data / name).write_bytes(content)
         env = {name.upper(): train_gpt.show(as_setting(x)) for name, x in config.items()}
         status, said = in_a_box(folder, "train_gpt.py", **env)
-        return box.left(folder, "logs/again.artifact") if status == 0 else b"", said
+        return box.left(folder, f"logs/{config['run_id']}.artifact") if status == 0 else b"", said
 
 
 def as_shard(tokens: np.ndarray) -> bytes:
@@ -597,7 +611,8 @@ def time(subject: Subject, passes: Passes) -> tuple[bool, str]:
     parts = dict(subject.training["train"]["seconds"])
     spent = dict(training=max(parts.pop("total"), sum(parts.values())), evaluation=subject.stated["seconds"])
     hardware = dict(training=subject.training["hardware"], evaluation=subject.record["hardware"])
-    over = [name for name, seconds in spent.items() if seconds > LIMIT_SECONDS and "on CPU" not in hardware[name]]
+    late = [name for name, seconds in spent.items() if not seconds <= LIMIT_SECONDS]
+    over = [name for name in late if "on CPU" not in hardware[name]]
     listed = ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts.items())
     limits = " and ".join(f"{name} on {hardware[name].split(',')[0]}" for name in spent)
     return not over, (
@@ -677,9 +692,9 @@ def watch(subject: Subject, probes: int = 4, n_stretches: int = 0, seed: int = 0
 
     Raise InputError where the script's predictor stops.
     """
-    one, two, stopped = watched_pass(subject, probes=probes), None, ""
+    one, two, stopped = watched_pass(subject, probes=probes, seed=seed), None, ""
     try:
-        two = watched_pass(subject, 2, probes=1, n_blocks=2)
+        two = watched_pass(subject, 2, probes=1, n_blocks=2, seed=seed)
     except Exception as error:  # of a script that is under suspicion
         stopped = f"{type(error).__name__} {error}".splitlines()[0]
     whole = rescored(subject, n_stretches, seed) if n_stretches > 0 else None
@@ -691,7 +706,10 @@ def audit(subject: Subject, passes: Passes, names=tuple(CHECKS), say=lambda name
     """Return {check: (passed, figure)} of the named checks, in order."""
     found = {}
     for name in names:
-        found[name] = CHECKS[name](subject, passes)
+        try:
+            found[name] = CHECKS[name](subject, passes)
+        except Exception as error:  # whatever a stranger's files and script bring about
+            found[name] = False, f"stopped: {type(error).__name__}: {error}"
         say(name, *found[name])
     return found
 
@@ -795,10 +813,10 @@ def main() -> int:
             print(f"# {subject.chunks}")
 
         def say(name: str, passed: bool, figure: str) -> None:
-            print(f"{'PASS' if passed else 'FAIL'}  {name:<20} {figure}", flush=True)
+            shown = "".join(x if x.isprintable() else "?" for x in figure)
+            print(f"{'PASS' if passed else 'FAIL'}  {name:<20} {shown}", flush=True)
 
-        if args.stretches:
-            print(f"# {args.stretches} chunks drawn with seed {args.seed}")
+        print(f"# {args.stretches} chunks and all probes drawn with seed {args.seed}")
         found = audit(subject, watch(subject, n_stretches=args.stretches, seed=args.seed), say=say)
         print(f"# two-part code: {(two_part := two_part_code(subject))}")
         if args.report:

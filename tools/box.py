@@ -4,16 +4,20 @@
     text = box.left(folder, "text")
 
 Namespaces of Linux close the box, by util-linux's `unshare`, `pivot_root` and `setpriv`: a root of its own on a fresh
-tmpfs, no network, no other process, no shared memory, an empty input and two outputs as its only descriptors, no
-capability, kernel settings that cannot be written, an environment of a few names. tests/test_box.py tries the ways out.
+tmpfs, no network, no other process, no shared memory, a keyring of its own, an input and two outputs as its only
+descriptors, no capability, kernel settings that cannot be written, an environment of a few names. tests/test_box.py
+tries the ways out.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import glob
 import os
+import platform
+import signal
 import site
 import subprocess
 import sys
@@ -71,14 +75,31 @@ def started(folder: str | Path, arguments: list[str], stderr, closed: bool = Tru
         command += ["--kill-child", "--fork", "sh", "-ec", CLOSE, "box", root, str(folder)]
         command += [*filter(os.path.exists, seen), "--", *(f"{k}={v}" for k, v in variables.items()), *python]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr)
-        given = dict(args=command, env=places) if closed else dict(args=python, env=variables, cwd=folder)
+        given = dict(args=python, env=variables, cwd=folder)
+        if closed:
+            given = dict(args=command, env=places, preexec_fn=leave_keyring)
         with subprocess.Popen(**given, **pipes) as process:
             try:
                 yield process
             finally:
+                kill_first(process.pid)
                 process.kill()
                 with contextlib.suppress(BrokenPipeError):
                     process.stdin.close()
+
+
+def leave_keyring() -> None:
+    """Join a new session keyring: what one box puts into the old one, the next could read."""
+    keyctl, join_session_keyring = {"x86_64": 250, "aarch64": 219}.get(platform.machine()), 1
+    if keyctl:
+        ctypes.CDLL(None).syscall(keyctl, join_session_keyring, None)
+
+
+def kill_first(unshare: int) -> None:
+    """Kill the first process in a box, and with it all others there. It may have undone `--kill-child`."""
+    with contextlib.suppress(OSError):
+        for child in Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split():
+            os.kill(int(child), signal.SIGKILL)
 
 
 def left(folder: str | Path, name: str) -> bytes:

@@ -170,7 +170,8 @@ class Remote:
         self.process.kill()
         self.said.seek(0)
         words = self.said.read().decode(errors="replace").strip().splitlines() or ["nothing"]
-        raise InputError(f"the script's predictor stopped; its last words are: {words[-1]}")
+        shown = "".join(x if x.isprintable() else "?" for x in words[-1][:300])
+        raise InputError(f"the script's predictor stopped; its last words are: {shown}")
 
     def call(self, name: str, n_bytes: int, tokens: Tensor | None = None, **named) -> bytes:
         """Send a request. Return its answer of so many bytes."""
