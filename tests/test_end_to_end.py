@@ -569,7 +569,7 @@ def assert_wrote_nothing(run):
         (dict(ITERATIONS="many"), ["ITERATIONS='many'", "a whole number"]),
         (dict(WARMDOWN_ITER="9"), ["WARMDOWN_ITER", "did you mean WARMDOWN_ITERS?"]),
         (dict(TTT_ENABLED="1"), ["TTT_ENABLED=1", "did you mean TTT_CHUNK_TOKENS, "]),
-        (dict(PRESET="smoke,huge"), ["PRESET=smoke,huge", "configs/huge.env", "best, cpu"]),
+        (dict(PRESET="smoke,huge"), ["PRESET='huge'", "best, cpu"]),
         (dict(DATA_PATH="/no/such/folder"), ["DATA_PATH=/no/such/folder"]),
         (dict(PHASE="eval", ARTIFACT_PATH="/no/such/file"), ["ARTIFACT_PATH=/no/such/file"]),
     ],
