@@ -228,7 +228,7 @@ def test_a_long_text_file_is_one_document_whose_parts_do_not_show(corpus, model,
     assert len(documents_of(parts, "train")) == 1
 
 
-def test_a_tokenizer_whose_tokens_reach_over_spaces_gets_the_whole_text(tmp_path, monkeypatch):
+def test_a_tokenizer_whose_tokens_reach_over_spaces_gets_the_whole_text(tmp_path):
     wide = tmp_path / "wide.model"
     with wide.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(

@@ -425,7 +425,8 @@ def separation(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """Check that training shards hold no validation document, no near copy, and no more of it than chance brings.
 
     One token in 60 of a copy may be another: some 19 of 20 of its tokens still stand in runs of 16 that are shared. In
-    the sample's honest documents up to 0.44 of the tokens do, in FineWeb's beside Wikipedia 0.21.
+    the sample's honest documents up to 0.44 of the tokens do (logs/audit_smoke.txt), in FineWeb's beside Wikipedia 0.21
+    (logs/audit_cpu_best_seed1337.txt).
     """
     tokens = np.concatenate([train_gpt.read_shard(path) for path in train_gpt.find_shards(subject.c, "val")])
     near, long, n_train, short = SharedRuns(tokens, NEAR_TOKENS), SharedRuns(tokens, RUN_TOKENS), 0, set()

@@ -31,7 +31,10 @@ from train_gpt import Config, InputError
 
 
 def state_of(x, visited: dict | None = None):
-    """Yield every tensor and number that an object holds, however deep. No predictor chooses what is looked at.
+    """Yield every tensor and number that an object's attributes and containers hold, however deep.
+
+    No predictor chooses what is looked at. What one keeps in a module or a closure is not found here: the rows of a run
+    that nobody probed, which the audit compares, are what shows it.
 
     Left out is what `predict` may leave behind: what is made again for other inputs (MixedTTT.made, what hash chains
     hold past `seen`) and what the last collective added up.
