@@ -7,6 +7,7 @@ import platform
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -119,8 +120,26 @@ def test_a_box_has_a_keyring_of_its_own(tmp_path):
 def test_a_program_that_no_longer_dies_with_its_parent_is_killed(tmp_path):
     forever = "import ctypes, time; ctypes.CDLL(None).prctl(1, 0); ticks = open('ticks', 'w', buffering=1)\n"
     forever += "while True: print('tick', file=ticks); print('up', flush=True); time.sleep(0.05)"
-    with box.started(tmp_path, ["-c", forever], subprocess.PIPE) as process:
+    with tempfile.TemporaryFile() as said, box.started(tmp_path, ["-c", forever], said) as process:
         assert process.stdout.readline() == b"up\n"
     before = (tmp_path / "ticks").read_text()
     time.sleep(0.5)
     assert (tmp_path / "ticks").read_text() == before
+
+
+def test_a_program_that_does_not_answer_is_stopped(tmp_path):
+    with (
+        tempfile.TemporaryFile() as said,
+        box.started(tmp_path, ["-c", "import time; time.sleep(10**6)"], said, seconds=1.0) as process,
+    ):
+        assert process.stdout.read() == b""
+        said.seek(0)
+        assert said.read() == b"\nstopped after 1 s\n"
+
+
+def test_what_a_program_writes_is_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(box, "LIMIT_BYTES", 10_000)
+    done = box.run(tmp_path, ["-c", "with open('made', 'wb') as file: file.write(bytes(10_001))"])
+    assert "File too large" in done.stderr and len(box.left(tmp_path, "made")) == 10_000
+    done = box.run(tmp_path, ["-c", "print('x' * 20_000)"])
+    assert done.returncode != 0 and len(done.stdout) == 10_000

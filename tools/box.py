@@ -17,16 +17,20 @@ import functools
 import glob
 import os
 import platform
+import resource
 import signal
 import site
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
+from typing import BinaryIO
 
 KEPT_NAMES = ("LANG", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG")
 SYSTEM = ("/usr", "/bin", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/alternatives", "/sys/devices/system/cpu")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
+LIMIT_SECONDS, LIMIT_BYTES = 6 * 3600.0, 2**30  # of a process; of each file that it writes, its output among them
 
 # $1: the new root. $2: the folder, which becomes /box. Then what is to be seen, up to "--", and the command.
 CLOSE = r"""
@@ -53,16 +57,28 @@ exec setpriv --no-new-privs --inh-caps=-all --bounding-set=-all -- env -i "$@"
 
 def run(folder: str | Path, arguments: list[str], **env: str) -> subprocess.CompletedProcess:
     """Run Python with the arguments in the folder, to its end. Its output is captured as text."""
-    with started(folder, arguments, subprocess.PIPE, **env) as process:
-        out, err = (output.decode(errors="replace") for output in process.communicate())
-        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        with started(folder, arguments, err, stdout=out, **env) as process:
+            process.communicate()
+        for file in (out, err):
+            file.seek(0)
+        said = (file.read().decode(errors="replace") for file in (out, err))
+        return subprocess.CompletedProcess(arguments, process.returncode, *said)
 
 
 @contextlib.contextmanager
-def started(folder: str | Path, arguments: list[str], stderr, closed: bool = True, **env: str):
-    """Start Python with the arguments in the folder. Yield the process, its input and output pipes, and kill it.
+def started(
+    folder: str | Path,
+    arguments: list[str],
+    stderr: BinaryIO,
+    stdout: BinaryIO | int = subprocess.PIPE,
+    closed: bool = True,
+    seconds: float = LIMIT_SECONDS,
+    **env: str,
+):
+    """Start Python with the arguments in the folder. Yield the process, and kill it in the end.
 
-    closed: False leaves it open to this machine, in the same environment.
+    closed: False leaves it open to this machine, in the same environment. seconds: after them it is killed before.
     """
     homes = [sys.prefix, sys.base_prefix, *site.getsitepackages(), site.getusersitepackages()]
     outermost = [x for x in homes if not any(x != y and Path(x).is_relative_to(y) for y in [*homes, "/usr"])]
@@ -74,32 +90,39 @@ def started(folder: str | Path, arguments: list[str], stderr, closed: bool = Tru
         command = ["unshare", "--user", "--map-root-user", "--mount", "--net", "--pid", "--ipc", "--uts"]
         command += ["--kill-child", "--fork", "sh", "-ec", CLOSE, "box", root, str(folder)]
         command += [*filter(os.path.exists, seen), "--", *(f"{k}={v}" for k, v in variables.items()), *python]
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr)
-        given = dict(args=python, env=variables, cwd=folder)
-        if closed:
-            given = dict(args=command, env=places, preexec_fn=leave_keyring)
-        with subprocess.Popen(**given, **pipes) as process:
+        given = dict(args=command, env=places) if closed else dict(args=python, env=variables, cwd=folder)
+        pipes = dict(stdin=subprocess.PIPE, stdout=stdout, stderr=stderr)
+        with subprocess.Popen(**given, **pipes, preexec_fn=limit) as process:
+
+            def overran() -> None:
+                os.write(stderr.fileno(), b"\nstopped after %d s\n" % seconds)
+                kill(process)
+
+            timer = threading.Timer(seconds, overran)
+            timer.start()
             try:
                 yield process
             finally:
-                kill_first(process.pid)
-                process.kill()
+                timer.cancel()
+                kill(process)
                 with contextlib.suppress(BrokenPipeError):
                     process.stdin.close()
 
 
-def leave_keyring() -> None:
-    """Join a new session keyring: what one box puts into the old one, the next could read."""
+def limit() -> None:
+    """Limit what is written. Join a new keyring: what one box puts into the session's, the next could read."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT_BYTES, LIMIT_BYTES))
     keyctl, join_session_keyring = {"x86_64": 250, "aarch64": 219}.get(platform.machine()), 1
     if keyctl:
         ctypes.CDLL(None).syscall(keyctl, join_session_keyring, None)
 
 
-def kill_first(unshare: int) -> None:
+def kill(unshare: subprocess.Popen) -> None:
     """Kill the first process in a box, and with it all others there. It may have undone `--kill-child`."""
     with contextlib.suppress(OSError):
-        for child in Path(f"/proc/{unshare}/task/{unshare}/children").read_text().split():
+        for child in Path(f"/proc/{unshare.pid}/task/{unshare.pid}/children").read_text().split():
             os.kill(int(child), signal.SIGKILL)
+    unshare.kill()
 
 
 def left(folder: str | Path, name: str) -> bytes:
