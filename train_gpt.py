@@ -460,10 +460,13 @@ def activation_dtype(c: Config, device: torch.device) -> torch.dtype:
     return getattr(torch, auto if c.dtype == "auto" else c.dtype)
 
 
+def compiles(c: Config, device: torch.device) -> bool:
+    return c.torch_compile and device.type == "cuda"
+
+
 def compiled(function, c: Config, device: torch.device):
-    """Return a model or function as it should be called: compiled on CUDA, itself elsewhere."""
-    compiles = c.torch_compile and device.type == "cuda"
-    return torch.compile(function, dynamic=False, fullgraph=True) if compiles else function
+    """Return a model or function as it should be called."""
+    return torch.compile(function, dynamic=False, fullgraph=True) if compiles(c, device) else function
 
 
 def gradient(p: nn.Parameter) -> Tensor:
@@ -2271,6 +2274,9 @@ class SlidingWindow:
         self.stages, self.model, self.c, self.dist = (stage,), model, c, dist
         self.stride, self.temperature = stride, temperature
         self.block_rows = max(1, BLOCK_CELLS // c.vocab_size // stride) * stride
+        # Windows of a forward pass, alike in all stages: as many of a rank's part of a TTT chunk as fit, in even parts.
+        n = min(-(-c.ttt_chunk_tokens // (c.eval_stride * dist.world_size)), self.block_rows // stride)
+        self.batch = -(-n // -(-n // max(1, c.micro_batch_tokens // c.eval_seq_len)))
         self.seen = 0  # positions of the stream before the next chunk
         self.context = torch.empty(0, dtype=torch.int64, device=dist.device)  # the inputs just before it
 
@@ -2289,14 +2295,14 @@ class SlidingWindow:
         if not len(logp):
             return {self.stages[0]: logp}
         first = self.seen + mine.start
-        batch = 1 << max(1, self.c.micro_batch_tokens // seq_len).bit_length() - 1  # a power of two
         starts, lows, highs = windows(first, self.seen + mine.stop, self.stride, seq_len)
         known = F.pad(torch.cat([self.context, inputs]), (0, seq_len))  # zeros where causal attention does not look
         offset = self.seen - len(self.context)  # position of known[0]
-        for b in range(0, len(starts), batch):
-            start, low, high = starts[b : b + batch], lows[b : b + batch], highs[b : b + batch]
-            # Pad to a power of two: to compile another shape takes half a minute.
-            padded = np.pad(start, (0, (1 << (len(start) - 1).bit_length()) - len(start)), mode="edge")
+        for b in range(0, len(starts), self.batch):
+            start, low, high = (x[b : b + self.batch] for x in (starts, lows, highs))
+            # To compile another shape takes half a minute.
+            padding = self.batch - len(start) if compiles(self.c, inputs.device) else 0
+            padded = np.pad(start, (0, padding), mode="edge")
             keep = self.stride if (start + seq_len - low).max() <= self.stride else seq_len
             window = np.repeat(np.arange(len(start)), high - low)  # of each position from low[0] to high[-1]
             column = np.arange(low[0], high[-1]) - start[window] - (seq_len - keep)
@@ -2564,11 +2570,12 @@ def log_start(c: Config, dist: Dist, stream: Stream | None) -> None:
     """Log every value in force and what the run stands on."""
     mine, kernels = dist.share(c.batch_seqs), choose_kernels(c, dist.device)
     n_passes = -(-(mine.stop - mine.start) // max(1, c.micro_batch_tokens // c.train_seq_len))
-    compiles = int(c.torch_compile and dist.device.type == "cuda")
     lines = [*c.lines(), f"hardware: {hardware(dist)}", f"versions: {json.dumps(versions())}"]
     lines.append(f"script_sha256:{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}")
     lines += [f"seed:{c.seed}", f"world_size:{dist.world_size} grad_accum_steps:{n_passes}"]
-    lines.append(f"device:{dist.device} dtype:{activation_dtype(c, dist.device)} compile:{compiles}")
+    lines.append(
+        f"device:{dist.device} dtype:{activation_dtype(c, dist.device)} compile:{int(compiles(c, dist.device))}"
+    )
     lines.append(f"kernels: attention:{kernels.attention} fused:{show(kernels.fused) or 'none'}")
     if stream is not None:
         partial = "" if stream.whole else " partial: the stream goes on"
@@ -2602,17 +2609,31 @@ def log_final(record: dict) -> None:
     log.info(f"final val_bpb:{record['val_bpb']:.8f} stage:{record['final_stage']} {scope}")
 
 
-def train_and_export(tokenizer_sha256: str, c: Config, dist: Dist, stream: Stream | None) -> dict:
+def compile_ahead(model: GPT, loader: TrainLoader, tokenizer: Tokenizer, c: Config, dist: Dist) -> None:
+    """Compile what averaging, calibration and scoring call, before any clock starts: each graph takes half a minute."""
+    held_out_loss(compiled(model, c, dist.device), loader, c, dist)
+    tokens = loader.calibration_text()[: c.ttt_chunk_tokens + 1]
+    for stage in ("roundtrip", "sliding", "ttt"):  # the last one trains a copy
+        predictor = make_predictor(stage, model, BiasNet(c), c, dist, tokenizer)
+        for _ in range(2):  # the first window scores more positions than the later ones
+            for rows in row_slices(len(tokens) - 1, predictor):
+                predictor.predict(tokens[:-1], rows)
+            predictor.update(tokens)
+
+
+def train_and_export(tokenizer: Tokenizer, c: Config, dist: Dist, stream: Stream | None) -> dict:
     """Train a model and write its artifact. Return the record's `train` part."""
     model, loader = make_model(c, dist.device).init_weights(c.seed).to(dist.device), TrainLoader(c, dist)
     log.info(f"model_params:{sum(p.numel() for p in model.parameters())}")
     log.info(f"artifact_budget:{artifact_budget(model, c)} bytes beside the script")
     batch = loader.gptq_rows()  # read now: the export must not need the files
+    if compiles(c, dist.device):
+        compile_ahead(model, loader, tokenizer, c, dist)
     averages, clock, record = train(model, loader, c, dist, stream)
     stepped = record["seconds"]
     choose_average(model, averages, loader, c, dist)
     averaged = clock.seconds()
-    export(model, loader, batch, tokenizer_sha256, c, dist)
+    export(model, loader, batch, tokenizer.sha256, c, dist)
     total, cap = clock.seconds(), c.max_wallclock_seconds
     seconds = dict(steps=stepped, averaging=averaged - stepped, export=total - averaged, total=total)
     record["seconds"] = {part: round(value, 3) for part, value in seconds.items()}
@@ -2640,7 +2661,7 @@ def execute(c: Config, env: dict[str, str], dist: Dist) -> None:
     try:
         open_log(c, dist, created)
         log_start(c, dist, stream)
-        trained = None if c.phase == "eval" else train_and_export(tokenizer.sha256, c, dist, stream)
+        trained = None if c.phase == "eval" else train_and_export(tokenizer, c, dist, stream)
         header, parts = packed or dist.broadcast(read_artifact, path)  # from here on, only what the file says counts
         artifact, kernels = size_record(Path(path), header, c), dataclasses.asdict(choose_kernels(c, dist.device))
         record = dict(run_id=run_id, seed=c.seed, config=dataclasses.asdict(c), hardware=hardware(dist))

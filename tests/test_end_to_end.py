@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import io
 import json
 import math
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -21,6 +23,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import sentencepiece
+import torch
 
 import train_gpt
 from conftest import TINY, on_ranks
@@ -752,3 +755,32 @@ def test_bad_data_that_only_the_other_process_meets_is_named_as_well(
     refused = start("elsewhere", 2, data_path=str(tmp_path), train_batch_tokens=64, complement_alpha=0.0)
     assert refused.status != 0 and refused.record is None
     assert any(re.match(r"error: .*token id 999", line) for line in refused.stderr.splitlines()), refused.stderr[-300:]
+
+
+@pytest.mark.slow
+def test_no_graph_is_compiled_once_a_clock_runs(run, monkeypatch):
+    """Each takes half a minute on a GPU."""
+    torch._dynamo.reset()
+    graphs, phases = Counter(), ["start"]
+
+    def backend(module, inputs):
+        graphs[phases[-1]] += 1
+        return module
+
+    def phase(name, function, *arguments):
+        phases.append(name)
+        try:
+            return function(*arguments)
+        finally:
+            phases.pop()
+
+    for name in ("choose_kernels", "warm_up", "compile_ahead", "train", "choose_average", "export", "evaluate"):
+        monkeypatch.setattr(train_gpt, name, functools.partial(phase, name, getattr(train_gpt, name)))
+    compiled = functools.partial(torch.compile, backend=backend, dynamic=False, fullgraph=True)
+    monkeypatch.setattr(train_gpt, "compiles", lambda c, device: True)
+    monkeypatch.setattr(train_gpt, "compiled", lambda function, c, device: compiled(function))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
+    finished(run("graphs", iterations=2, warmup_steps=1, late_qat_threshold=1.0))
+    assert graphs.pop("choose_kernels") == 1
+    # The step; held-out losses, whose last micro batch is shorter here; windows that score all or a stride; adaptation.
+    assert graphs == dict(warm_up=1, compile_ahead=2 + 2 + 1)

@@ -135,8 +135,9 @@ def test_sliding_rows_are_the_plain_forward_over_each_position_s_window(world):
         torch.testing.assert_close(rows[t], expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_compiled_model_meets_few_shapes_and_gives_the_same_rows(world):
-    """A batch of windows is filled up to a size that was there before. The rows are those of one window at a time."""
+def test_a_compiled_model_meets_two_shapes_and_gives_the_same_rows(world, monkeypatch):
+    """A batch of windows is filled up to one size. The rows are those of one window at a time."""
+    monkeypatch.setattr(train_gpt, "compiles", lambda c, device: True)
     config, model, _, stream = world
     c, shapes, seen = dataclasses.replace(config, micro_batch_tokens=6 * config.eval_seq_len), set(), []
 
@@ -154,8 +155,9 @@ def test_a_compiled_model_meets_few_shapes_and_gives_the_same_rows(world):
         for predictor in (single, padded):
             predictor.update(chunk.tokens)
         seen.append(set(shapes))
-    assert seen[-1] == seen[1] and len(shapes) <= 3  # the last chunk, which is shorter, compiles nothing either
-    assert {keep for *_, keep in shapes} == {c.eval_stride, c.eval_seq_len}
+    # The last chunk, which is shorter, compiles nothing either.
+    assert seen[1] == shapes == {(padded.batch, c.eval_seq_len, keep) for keep in (c.eval_stride, c.eval_seq_len)}
+    assert single.batch == 1 < padded.batch
 
 
 # State
