@@ -741,10 +741,12 @@ SDPA_BACKENDS = dict(zip(("cudnn", "flash", "efficient", "math"), BACKENDS, stri
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "math") -> Tensor:
     """Return causal attention: q [B, T, H, D], grouped k and v [B, T, KV, D] -> [B, T, H, D]."""
     if backend == "flash3":
+        if flash_attn_func is None:
+            raise ImportError("no flash_attn_interface, FlashAttention 3, is installed")
         y = flash_attn_func(q, k, v, causal=True, deterministic=torch.are_deterministic_algorithms_enabled())
         return y[0] if isinstance(y, tuple) else y
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel(list(SDPA_BACKENDS.values()) if backend == "auto" else SDPA_BACKENDS[backend], set_priority=True):
+    with sdpa_kernel(SDPA_BACKENDS[backend]):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
@@ -873,10 +875,8 @@ def choose_kernels(c: Config, device: torch.device) -> Kernels:
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
 
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-    tries = ["flash3", "auto"] if c.attention == "auto" and hopper and flash_attn_func else [c.attention]
-    qkv = [random(2, 128, heads, c.model_dim // c.num_heads) for heads in (c.num_heads, c.kv_heads, c.kv_heads)]
-    backend = next((b for b in tries if agrees(f"ATTENTION={b}", attention, dict(backend=b), qkv, c)), "math")
+    heads = c.num_heads, c.kv_heads, c.kv_heads
+    backend = choose_attention([random(1, min(c.train_seq_len, 4096), n, c.model_dim // c.num_heads) for n in heads], c)
     targets = torch.randint(c.vocab_size, (n,), generator=generator).to(device)
     loss = functools.partial(softcapped_nll, targets=targets, cap=c.logit_softcap)
     mlp = functools.partial(linear_leaky_square, slope=c.leaky_slope)
@@ -885,6 +885,20 @@ def choose_kernels(c: Config, device: torch.device) -> Kernels:
     forms = dict(loss=loss, mlp=mlp) if runs_triton else {}
     fused = [k for k in forms if k in c.kernels and agrees(f"KERNELS={k}", forms[k], dict(fused=True), inputs[k], c)]
     return Kernels(backend, tuple(fused))
+
+
+def choose_attention(qkv: list[Tensor], c: Config) -> str:
+    """Return the first form that agrees with `math` on such inputs. Raise InputError where none fits the device."""
+    device, tries = qkv[0].device, [c.attention]
+    if c.attention == "auto":
+        tries = ["flash3", *SDPA_BACKENDS] if device.type == "cuda" else ["flash", "math"]
+    backend = next((b for b in tries if agrees(f"ATTENTION={b}", attention, dict(backend=b), qkv, c)), "math")
+    if backend == "math" and device.type == "cuda":
+        needed = 6 * c.num_layers * c.num_heads * c.micro_batch_tokens * c.train_seq_len  # six bytes a score of a step
+        if needed > (memory := torch.cuda.get_device_properties(device).total_memory):
+            asked = f"ATTENTION=math needs {needed >> 30} GB at MICRO_BATCH_TOKENS={c.micro_batch_tokens}"
+            raise InputError(f"{asked}; allowed are {memory >> 30} GB, or another form that works here")
+    return backend
 
 
 def agrees(name: str, form, options: dict, inputs: list[Tensor], c: Config) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 import train_gpt
 from conftest import TINY, build, random_tokens
-from train_gpt import GPT, Kernels, choose_kernels, linear_leaky_square, softcapped_nll
+from train_gpt import GPT, Config, Kernels, choose_attention, choose_kernels, linear_leaky_square, softcapped_nll
 
 ROOT = Path(train_gpt.__file__).resolve().parent
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -109,6 +109,26 @@ def test_attention_that_raises_or_differs_is_replaced_with_one_line(tiny_config,
     assert chosen == Kernels("math", ()) and len(lines) == 1
     assert lines[0].startswith(f"kernel_fallback:ATTENTION=cudnn is not used ({FAULTS[fault]}")
     assert choose(tiny_config(attention="efficient", kernels=())) == (Kernels("efficient", ()), [])
+
+
+def test_on_a_gpu_each_form_that_is_passed_over_is_named_and_math_must_fit(monkeypatch, caplog):
+    caplog.set_level("INFO", "train_gpt")
+    on_cuda, fails = [SimpleNamespace(device=torch.device("cuda"))], lambda *x, **y: 1 / 0
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
+    monkeypatch.setattr(train_gpt, "compiled", fails)
+    with pytest.raises(train_gpt.InputError, match="^ATTENTION=math needs 99 GB at MICRO_BATCH_TOKENS=98304; .* 80 GB"):
+        choose_attention(on_cuda, Config())
+    passed = [f"kernel_fallback:ATTENTION={name} is not used (Zero" for name in ("flash3", *train_gpt.SDPA_BACKENDS)]
+    assert [line.partition("Div")[0] for line in caplog.messages] == passed
+    assert choose_attention(on_cuda, Config(micro_batch_tokens=49152)) == "math"
+    monkeypatch.setattr(train_gpt, "agrees", lambda name, *_: name == "ATTENTION=flash")
+    assert choose_attention(on_cuda, Config()) == "flash"
+
+
+def test_flash_attention_3_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(train_gpt, "flash_attn_func", None)
+    with pytest.raises(ImportError, match="flash_attn_interface"):
+        train_gpt.attention(*[torch.zeros(1, 2, 1, 8)] * 3, "flash3")
 
 
 @needs_triton

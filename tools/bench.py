@@ -251,12 +251,10 @@ FLASH_ATTENTION_STAND_IN = """
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-BACKENDS = [{}]
-
 
 def flash_attn_func(q, k, v, causal=True, **_):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with sdpa_kernel(BACKENDS, set_priority=True):
+    with sdpa_kernel({}):
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
 """
 
@@ -277,10 +275,9 @@ def bench_peer(args, c: Config, dist: Dist) -> None:
         what = f"{steps} steps of {c.batch_tokens} tokens after {warmup} untimed ones"
         headline(f"{args.pairs} pairs of processes under torchrun, {args.nproc} rank(s) each, {what}", c, dist)
         if attention != "flash3":
-            backends = train_gpt.SDPA_BACKENDS.items()
-            names = [f"SDPBackend.{backend.name}" for name, backend in backends if attention in ("auto", name)]
-            (Path(folder) / "flash_attn_interface.py").write_text(FLASH_ATTENTION_STAND_IN.format(", ".join(names)))
-            attention = f"{' or '.join(names)}, also of the peer, which imports it as FlashAttention 3"
+            backend = f"SDPBackend.{train_gpt.SDPA_BACKENDS[attention].name}"
+            (Path(folder) / "flash_attn_interface.py").write_text(FLASH_ATTENTION_STAND_IN.format(backend))
+            attention = f"{backend}, also of the peer, which imports it as FlashAttention 3"
         say(f"# attention: {attention}")
         table = Table(pair="<5d", script="<6", step_ms="10.2f", spread="7.1%", tokens_per_s="12.0f", train_loss="10.4f")
         ratios = []
