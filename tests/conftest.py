@@ -19,6 +19,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of Triton, so that its kernels run here
 import train_gpt  # noqa: E402
+from serve import ThreadRank  # noqa: E402
 
 hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 hypothesis.settings.register_profile("same_every_time", derandomize=True, database=None, deadline=None)
@@ -235,43 +236,26 @@ def random_tokens(config, batch=2, seq_len=24, seed=0):
     return torch.randint(4, config.vocab_size, (batch, seq_len), generator=generator)
 
 
-class ThreadDist(train_gpt.Dist):
-    """A rank in a thread: the collectives add and compare what the threads put into one list."""
-
-    def __init__(self, rank, barrier, values):
-        super().__init__(rank, len(values))
-        self.barrier, self.values = barrier, values
-
-    def exchange(self, value):
-        self.values[self.rank] = value
-        self.barrier.wait()
-        found = list(self.values)
-        self.barrier.wait()
-        return found
-
-    def sum(self, tensor):
-        return tensor.copy_(sum(self.exchange(tensor.clone())))
-
-    def max(self, value):
-        return max(self.exchange(value))
+class ThreadDist(ThreadRank):
+    """A rank in a thread, with the collectives that training needs, too."""
 
     def broadcast(self, make, *arguments):
-        return self.exchange(make(*arguments) if self.is_main else None)[0]
+        return self.exchange(make(*arguments) if self.is_main else None, lambda parts: parts[0])
 
     def reduce_scatter(self, bank):
         return self.sum(bank.clone()).chunk(self.world_size)[self.rank], lambda: None
 
     def all_gather(self, shard):
-        return torch.cat(self.exchange(shard)), lambda: None
+        return self.exchange(shard, torch.cat), lambda: None
 
 
 def on_ranks(world_size, function):
     """Return function(dist) of each rank, the ranks in threads that run at the same time."""
-    barrier, values = threading.Barrier(world_size), [None] * world_size
+    barrier, slots = threading.Barrier(world_size), [None] * world_size
 
     def run(rank):
         try:
-            return function(ThreadDist(rank, barrier, values))
+            return function(ThreadDist(rank, torch.device("cpu"), barrier, slots))
         except BaseException:
             barrier.abort()  # the other ranks would wait for ever
             raise

@@ -16,6 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import bench
+import plan
 import train_gpt
 from conftest import build, random_tokens
 from train_gpt import BiasNet, Dist, HashChains, Stream, Tokenizer, TrainLoader
@@ -32,7 +33,8 @@ def run_bench(tiny_env, tiny_data, monkeypatch, capsys):
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(train_gpt.log, "handlers", [])
         monkeypatch.setattr(train_gpt.log, "level", train_gpt.log.level)
-        given = [command, *options] if "--data" in options else [command, "--data", tiny_data, *options]
+        data = [] if "--data" in options or command == "plan" else ["--data", tiny_data]
+        given = [command, *data, *options]
         monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, given)])
         capsys.readouterr()
         status = bench.main()
@@ -81,7 +83,7 @@ def scored(artifact, tiny_config):
 def figures(pattern, lines):
     """The numbers in the one line that matches."""
     (found,) = filter(None, (re.fullmatch(pattern, line) for line in lines))
-    return [float(x) for x in found.groups()]
+    return [float(x.replace(",", "")) for x in found.groups()]
 
 
 # train
@@ -330,6 +332,39 @@ def test_artifact_has_a_row_for_each_size_quantizer_and_codec(lines_of, tiny_con
 
 
 # The command line
+
+
+# plan
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(quant="hessian", codec="rans", late_qat_threshold=0.0)])
+def test_a_plan_counts_what_the_script_would_and_calls_it_an_estimate(lines_of, tiny_config, settings):
+    options = ("--gpus", 2, "--tokens", 10_000, "--utilization", 0.5)
+    head, *lines = lines_of("plan", *options, max_wallclock_seconds=100.0, reserve_seconds=10.0, **settings)
+    assert "ESTIMATES" in head and all(line.startswith("estimate ") for line in lines)
+    c, model = tiny_config(), train_gpt.GPT(tiny_config())
+    n_params, mflops = figures(r"estimate model: +(.+) parameters, (.+) MFLOP.*", lines)
+    assert n_params == sum(p.numel() for p in model.parameters())
+    assert mflops == pytest.approx(bench.model_flops(model, c) / 1e6, abs=0.06)
+    steps, n_tokens = figures(r"estimate training: +(\S+) of .* s, (\S+) tokens", lines)
+    assert steps == c.iterations and n_tokens == steps * c.batch_tokens
+    assert figures(r".*; (\S+) updates.*", lines) == [math.ceil(10_000 / c.ttt_batch_tokens) * c.ttt_epochs]
+
+
+def test_a_plan_says_what_does_not_fit():
+    assert plan.margin(9.0, 10.0, "GiB", "of a step") == "9 of 10 GiB, margin 1 (of a step)"
+    assert plan.margin(12.0, 10.0, "s", "all") == "12 of 10 s, OVER by 2 (all)"
+
+
+def test_planned_memory_holds_weights_states_and_activations(tiny_config):
+    """Weights, gradients, two averages, and AdamW's and Muon's states; more sequences at a time hold more."""
+    c = tiny_config(micro_batch_tokens=128, train_batch_tokens=1024)
+    model, least = train_gpt.GPT(c), 0
+    for p in model.parameters():
+        least += p.nbytes * (4 + (1 if p.role == "matrix" else 2))
+    small, large = (plan.peak_bytes(dataclasses.replace(c, micro_batch_tokens=n), 1) for n in (128, 1024))
+    assert least < small < large
+    assert plan.peak_bytes(c, 2) > least * 0.7
 
 
 def test_input_that_cannot_be_used_costs_one_line(run_bench, artifact, tiny_data, tmp_path):

@@ -7,10 +7,14 @@ import socket
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import train_gpt
 from conftest import build, on_ranks
-from train_gpt import GPT, Dist, Muon, Optimizers, Schedule, WeightAverages, zeropower
+from train_gpt import GPT, Config, Dist, Muon, Optimizers, Schedule, WeightAverages, zeropower
 
 
 @pytest.mark.parametrize("shape", [(1, 16, 16), (3, 8, 40), (2, 40, 8)])
@@ -307,3 +311,33 @@ def test_without_a_late_step_there_is_no_swa_candidate(tiny_config):
     averages = WeightAverages(model, tiny_config())
     averages.update(0, False)
     assert set(averages.candidates()) == {"last", "ema"}
+
+
+@pytest.mark.slow
+def test_all_ranks_of_the_competition_send_the_same_messages_in_the_same_order():
+    """NCCL would wait for ever. The shapes are real, the tensors and the group of eight are fake."""
+    sent = []
+
+    class Collectives(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            if function.namespace == "c10d":
+                tensors = [x for x in tree_leaves(arguments) if isinstance(x, torch.Tensor)]
+                sent[-1].append((function._schema.name, *((x.dtype, *x.shape) for x in tensors)))
+            return function(*arguments, **(options or {}))
+
+    for rank in range(8):
+        torch.distributed.init_process_group("fake", rank=rank, world_size=8, store=FakeStore())
+        try:
+            sent.append([])
+            c, dist = Config(dtype="bfloat16"), Dist(rank, 8)
+            with FakeTensorMode(allow_non_fake_inputs=True), Collectives():
+                model = GPT(c, torch.bfloat16)
+                optimizers = Optimizers(model, c, dist)
+                for p in model.parameters():
+                    p.grad = torch.empty_like(p)
+                optimizers.step(Schedule(1.0, 0.95))
+        finally:
+            torch.distributed.destroy_process_group()
+    names = [name.removeprefix("c10d::").strip("_") for name, *_ in sent[0]]
+    assert all(messages == sent[0] for messages in sent)
+    assert len(names) == 10, names

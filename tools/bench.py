@@ -8,9 +8,10 @@
     python tools/bench.py mixer --data D               # hash chains and MIXER alone: tokens/s and bytes, by length
     python tools/bench.py mixer --artifact A --data D  # the gain of each mixer over the same neural rows
     PRESET=cpu python tools/bench.py artifact --weights W.npz --data D  # bytes against loss, QUANT by CODEC by size
+    python tools/bench.py plan --gpus 8 --device h100  # what fits, before anything is rented: estimates, on a CPU
 
 All settings come from the environment, as in train_gpt.py. Tables go to standard output, the script's own log lines to
-standard error. All but `artifact` and `train --peer` run under torchrun too.
+standard error. All but `artifact`, `plan` and `train --peer` run under torchrun too.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import train_gpt
+from plan import EVAL_TOKENS, GPUS, UTILIZATION, bench_plan, model_flops
 from runs import Run, load_run
 from train_gpt import Config, Dist, InputError, MixedTTT, Mixer, RowBlock, Score, SlidingWindow, Stream
 
@@ -103,7 +105,6 @@ def refuse_ranks(dist: Dist, command: str) -> None:
 # ==================== train ===========================================================================================
 # The steps of train() itself, with marks at the borders of their parts.
 
-DENSE_BF16_TFLOPS = 989.0  # of an H100 or H200 SXM, by its datasheet
 PROFILED_STEPS = 3
 PARTS = ("clock and log", "late QAT", "batch", "forward and backward", "CROWN-Q", "optimizer", "averages")
 
@@ -174,18 +175,6 @@ class StepTimer:
         return found[: self.steps]
 
 
-def model_flops(model: train_gpt.GPT, c: Config) -> float:
-    """Return the FLOPs of a forward and backward pass, per token of a training sequence.
-
-    Two for each weight of a linear map and twice that backward; a table that is looked up has none, unless it is also
-    the head. A token attends to (T + 1) / 2 positions on average, in two products.
-    """
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, train_gpt.Linear))
-    weights += model.tok_emb.weight.numel() if c.tie_embeddings else 0
-    attention = 2 * 2 * (c.train_seq_len + 1) / 2 * c.model_dim * c.num_layers  # MODEL_DIM is heads times head_dim
-    return 3 * (2 * weights + attention)
-
-
 def bench_train(args, c: Config, dist: Dist) -> None:
     """Time the training step and its parts: at the full learning rate, or with --warmdown at the end of a run."""
     if args.peer:
@@ -231,7 +220,7 @@ def report_steps(times: list[Counter], flops: float, peak_tflops: float | None, 
     rate = 1000 * c.batch_tokens / ms
     say(f"tokens/s: {rate:.0f}, {rate / dist.world_size:.0f} a rank")
     tflops = flops * rate / dist.world_size / 1e12
-    peak = peak_tflops or (DENSE_BF16_TFLOPS if dist.device.type == "cuda" else None)
+    peak = peak_tflops or (GPUS["h100"].tflops if dist.device.type == "cuda" else None)
     share = f", {tflops / peak:.1%} of a peak of {peak:g}" if peak else ""
     say(f"model FLOPs: {flops:.6g} a token, {tflops:.4g} TFLOP/s a rank{share}")
 
@@ -635,11 +624,12 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True)
     count, counts = at_least(int, 1), several(at_least(int, 1))
 
-    def command(function, about: str, reads: str):
+    def command(function, about: str, reads: str = ""):
         name = function.__name__.removeprefix("bench_")
         added = commands.add_parser(name, help=about, description=function.__doc__)
-        added.set_defaults(function=function)
-        added.add_argument("--data", required=True, metavar="DIR", help=f"shards; {reads}")
+        added.set_defaults(function=function, data=None)
+        if reads:
+            added.add_argument("--data", required=True, metavar="DIR", help=f"shards; {reads}")
         return added.add_argument
 
     def scores(add, required: bool) -> None:
@@ -683,13 +673,19 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     add("--val-tokens", type=at_least(int, 0), default=0, help="score only the first of them [0 = all]")
     bits = f"sizes of the artifact, in bits a quantized weight [{train_gpt.show(BITS)}]"
     add("--bits", type=several(at_least(float, 0.1)), default=list(BITS), help=bits)
+
+    add = command(bench_plan, "what fits on GPUs that are not at hand: estimates")
+    add("--gpus", type=count, default=8, help="of one machine [8]")
+    add("--device", choices=tuple(GPUS), default="h100", help="[h100]")
+    add("--tokens", type=count, default=EVAL_TOKENS, help=f"of the text to score [{EVAL_TOKENS:,}]")
+    add("--utilization", type=at_least(float, 1e-6), default=UTILIZATION, help=f"part of the peak [{UTILIZATION}]")
     return parser.parse_args(given)
 
 
 def main() -> int:
     args = arguments()
     try:
-        c = Config.from_env({**os.environ, "DATA_PATH": args.data})
+        c = Config.from_env(os.environ | ({"DATA_PATH": args.data} if args.data else {"DEVICE": "cpu"}))
         dist = train_gpt.open_dist(c)
         if dist.is_main:
             train_gpt.log.setLevel(logging.INFO)
