@@ -138,7 +138,7 @@ class Config:
     # Training length and batch.
     iterations: int = setting(9000, 1)
     max_wallclock_seconds: float = setting(600.0, 0.0)  # from the first step to the written artifact; 0 = no cap
-    reserve_seconds: float = setting(60.0, 0.0)  # of them, for averaging, quantizing, calibrating and packing
+    reserve_seconds: float = setting(45.0, 0.0)  # of them, for averaging, quantizing, calibrating and packing
     train_batch_tokens: int = setting(786_432, 1)  # per optimizer step, over all ranks
     train_seq_len: int = setting(2048, 8, 2**17, score=True)
     micro_batch_tokens: int = setting(98_304, 8)  # per forward pass and rank, in training and in scoring
@@ -1681,7 +1681,8 @@ PREFIX = struct.Struct("<5sBI")  # magic, version, header bytes
 PARTS = "scales", "rows", "columns", "caps", "frequencies", "codes", "float16", "mixer"
 # Codes hardly repeat: the cheapest match finder costs no byte and a sixth of preset 9e's time (logs/lzma_filters.txt).
 LZMA = dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=0, pb=0, dict_size=4096, mf=lzma.MF_HC4, nice_len=273, depth=1)
-compress = functools.partial(lzma.compress, format=lzma.FORMAT_RAW, filters=[LZMA])
+# At full size the codes take five seconds (logs/plan_h100.txt); the export packs them again with the fitted mixer.
+compress = functools.lru_cache(32)(functools.partial(lzma.compress, format=lzma.FORMAT_RAW, filters=[LZMA]))
 
 
 def decompress(data: bytes, n_bytes: int) -> bytes:

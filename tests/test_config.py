@@ -205,7 +205,7 @@ def test_ordinary_variables_are_left_alone(env):
         (dict(TRAIN_BATCH_TOKENS="2047"), "TRAIN_BATCH_TOKENS=2047"),
         (dict(EVAL_STRIDE="2049"), "EVAL_STRIDE=2049"),
         (dict(TTT_FREEZE_BLOCKS="12"), "TTT_FREEZE_BLOCKS=12"),
-        (dict(MAX_WALLCLOCK_SECONDS="60"), "RESERVE_SECONDS=60.0"),
+        (dict(MAX_WALLCLOCK_SECONDS="45"), "RESERVE_SECONDS=45.0"),
         (dict(RESERVE_SECONDS="600"), "MAX_WALLCLOCK_SECONDS=600.0"),
         (dict(QUANT="hessian"), "LATE_QAT_THRESHOLD=0"),
         (dict(BACKOFF_CENTERS=""), "BACKOFF_CENTERS"),

@@ -145,7 +145,7 @@ def estimate(c: Config, name: str, n_gpus: int, tokens: int, utilization: float)
     parts = {
         "Hessians": c.gptq_tokens * flops / rate + c.gptq_tokens / c.train_seq_len / n_gpus * 3000 * LAUNCH_SECONDS,
         "rounding": ATTEMPTS * columns * 11 * LAUNCH_SECONDS,
-        "packing, timed here": (ATTEMPTS + 1) * pack,
+        "packing, timed here": (ATTEMPTS + (c.codec == "rans")) * pack,  # LZMA's last one is at hand
         "mixer": c.mixer_calibration_tokens * c.eval_seq_len / c.eval_stride * flops / 3 / rate
         + train_gpt.CALIBRATION_STEPS * 500 * LAUNCH_SECONDS,
     }
