@@ -1,0 +1,384 @@
+"""Read the logs of finished runs: a row a seed, then mean, spread and significance.
+
+    python tools/report.py logs/a_1337.txt logs/a_42.txt logs/a_2025.txt             # or their .json records
+    python tools/report.py logs/a_*.json --baseline logs/b_*.json                    # Welch's test against other runs
+    python tools/report.py logs/a_*.json --baseline-loss 1.8919 0.0010 3             # mean, deviation and number
+    python tools/report.py train_seed*.log --markdown                                # or --csv; any log of the family
+
+It reads this project's records and logs and both formats of the published ones. Runs of different settings are never
+averaged: each configuration has its own rows, and what differs is printed. Whatever a row does not show, or is over a
+limit, stands under the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import math
+import re
+import statistics
+import sys
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from scipy import stats
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from train_gpt import CAP_BYTES, InputError, show
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT_SECONDS = 600.0
+# A record had to be better by so much nll at such a p; in the end, organisers took p against the row before.
+RECORD_NATS, RECORD_P, FINAL_P = 0.005, 0.01, 0.25
+# Settings that name files, machines or the run, or of which each seed has its own.
+PER_RUN = {"seed", "run_id", "artifact_path", "scores_path", "log_dir", "logfile", "model_path", "quantized_model_path"}
+PER_RUN |= {"artifact_dir", "rank", "local_rank", "is_main_process", "datasets_dir", "data_dir", "data_path", "phase"}
+
+
+@dataclass
+class Stage:
+    """What one evaluation gave."""
+
+    val_loss: float  # nll per token
+    val_bpb: float
+    seconds: float | None = None
+
+
+@dataclass
+class Report:
+    """One run, as its log or record states it; None = not stated."""
+
+    path: Path
+    settings: dict[str, str] = field(default_factory=dict)
+    seed: int | None = None
+    world_size: int | None = None
+    n_params: int | None = None
+    steps: int | None = None
+    step_ms: float | None = None
+    train_seconds: float | None = None
+    eval_seconds: float | None = None
+    stages: dict[str, Stage] = field(default_factory=dict)  # in order; the last one is the run's score
+    code_bytes: int | None = None
+    total_bytes: int | None = None
+    parts: dict[str, int] = field(default_factory=dict)
+    val_tokens: int | None = None
+    on_cpu: bool = False  # where no limit of time holds
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def final(self) -> Stage | None:
+        return list(self.stages.values())[-1] if self.stages else None
+
+    @property
+    def configuration(self) -> tuple[tuple[str, str], ...]:
+        """Return all that has to be alike in runs that are averaged."""
+        # Of a path, the last folder and the file: seeds may run on several machines.
+        shown = {name.lower(): "/".join(value.split("/")[-2:]) for name, value in self.settings.items()}
+        known = {name: value for name, value in shown.items() if name not in PER_RUN}
+        known |= {"world_size": str(self.world_size), "model_params": str(self.n_params)}
+        return tuple(sorted({**known, "stages": ",".join(self.stages)}.items()))
+
+
+# ==================== Reading =========================================================================================
+
+NUMBER = r"([-+]?[\d.]+(?:e[-+]?\d+)?|nan|inf)"
+STAGE = re.compile(rf"([^:=]*?)(_exact)? val_loss:{NUMBER} val_bpb:{NUMBER}(?: .*?eval_time:(\d+)ms)?(?:$| .*)")
+# A line of the first format and one of the second, with what its groups are. The last line of a log that fits counts.
+FACTS = (
+    (r"seed:(\d+)| +seed: (\d+)", "seed", int),
+    (r"world_size:(\d+) .*| +world_size: (\d+)", "world_size", int),
+    (r"model_params:(\d+)", "n_params", int),
+    (r"val_loader:.* tokens:(\d+).*|val_tokens: (\d+)", "val_tokens", int),
+    (r"Code size(?: \(compressed\))?: (\d+) bytes", "code_bytes", int),
+    (r"Total submission size(?: \S+)?: (\d+) bytes.*", "total_bytes", int),
+    (r"(?:total_eval_time:|eval_seconds: )([\d.]+).*", "eval_seconds", float),
+)
+FACTS = tuple((re.compile(pattern), name, kind) for pattern, name, kind in FACTS)
+STEP = re.compile(r"(?:step:)?(\d+)/\d+ (?:train_loss|val_loss): ?\S+.* train_time:(\d+)ms step_avg:[\d.]+ms")
+MINUTES = re.compile(r"(\d+)/\d+ train_loss: \S+ train_time: ([\d.]+)m .*")
+STOPPED = re.compile(r"stopping_early: wallclock_cap train_time: ?(\d+)ms step: ?(\d+)/\d+")
+TRAIN_SECONDS = re.compile(r"train_seconds: .*\btotal:([\d.]+).*")
+SETTING = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)|  ([a-z][a-z0-9_]*): (.*)")
+OWN_FINAL = re.compile(rf"final val_bpb:{NUMBER} stage:(\S+) (.*)")
+# The first scripts' name of their only score; later ones state their last one under it once more.
+REPEATED = "final_int8_zlib_roundtrip"
+
+
+def without_source(lines: list[str]) -> list[str]:
+    """Return a log without the script that it may begin with, up to the second line of 100 equal signs."""
+    rules = [i for i, line in enumerate(lines) if re.fullmatch("={100}", line)]
+    return lines[rules[-1] + 1 :] if rules else lines
+
+
+def read_log(path: Path) -> Report:
+    """Return what a text log states. Raise InputError where it is none."""
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    found = Report(path)
+    if not text.endswith("\n"):
+        found.problems.append("the log ends in the middle of a line")
+        text = text[: text.rfind("\n") + 1]
+    for line in without_source(text.splitlines()):
+        read_line(found, line)
+    if not (found.stages or found.steps):
+        raise InputError(f"{path}: no step and no score; allowed are logs of this family of scripts, and our records")
+    if found.steps and found.train_seconds and not found.step_ms:
+        found.step_ms = 1000 * found.train_seconds / found.steps
+    if found.eval_seconds is None and found.final:
+        found.eval_seconds = found.final.seconds
+    if len(found.stages) > 1:
+        found.stages.pop(REPEATED, None)
+    return found
+
+
+def read_line(found: Report, line: str) -> None:
+    """Take in a line of a log."""
+    for pattern, name, kind in FACTS:
+        if fits := pattern.fullmatch(line):
+            setattr(found, name, kind(next(filter(None, fits.groups()))))
+    if fits := SETTING.fullmatch(line):
+        name, value, other, other_value = fits.groups()
+        found.settings[name or other] = value if name else other_value
+    elif fits := STEP.fullmatch(line):
+        found.steps, found.train_seconds = int(fits[1]), int(fits[2]) / 1000
+        found.step_ms = 1000 * found.train_seconds / max(1, found.steps)
+    elif fits := STOPPED.fullmatch(line):
+        found.steps, found.train_seconds = int(fits[2]), int(fits[1]) / 1000
+        found.step_ms = 1000 * found.train_seconds / max(1, found.steps)
+    elif fits := MINUTES.fullmatch(line):
+        found.steps, found.train_seconds = int(fits[1]), 60 * float(fits[2])
+    elif fits := TRAIN_SECONDS.fullmatch(line):
+        found.train_seconds = float(fits[1])  # with all that follows the steps
+    elif fits := OWN_FINAL.fullmatch(line):
+        if f"{found.final.val_bpb:.8f}" != fits[1] if found.final else True:
+            found.problems.append(f"the final line states {fits[1]}, the last stage another value")
+        found.problems += [fits[3]] if re.search("PARTIAL|CUT|OVER", fits[3]) else []
+    elif line.startswith("hardware: "):
+        found.on_cpu = " on CPU" in line
+    elif line.startswith("artifact parts: "):
+        found.parts = {part: int(size) for part, size in (x.split(":") for x in line.split()[2:])}
+    elif (fits := STAGE.fullmatch(line)) and not re.match(r"(step:)?\d+/\d+", line):
+        before = found.stages.pop(fits[1], None)  # the exact line comes second, without the time
+        seconds = int(fits[5]) / 1000 if fits[5] else before.seconds if before else None
+        found.stages[fits[1]] = Stage(float(fits[3]), float(fits[4]), seconds)
+
+
+def read_record(path: Path) -> Report:
+    """Return what one of this project's JSON records states. Raise InputError where it is none."""
+    try:
+        record = json.loads(path.read_text())
+        config, artifact, train = record["config"], record["artifact"], record["train"] or {}
+        settings = {name.upper(): show(value) for name, value in config.items()}
+        found = Report(path, settings, record["seed"], parts=artifact["part_bytes"])
+        found.code_bytes, found.total_bytes = artifact["code_bytes"], artifact["total_bytes"]
+        found.steps, found.step_ms = train.get("steps"), train.get("step_avg_ms")
+        found.train_seconds = train["seconds"]["total"] if train else None
+        for name, row in record["stages"].items():
+            found.stages[name] = Stage(row["val_loss"], row["val_bpb"], row["seconds"])
+            found.val_tokens = row["tokens"]
+            if not row["whole_stream"]:
+                found.problems.append(f"{name}: PARTIAL stream of {row['documents']} documents")
+        if found.final and found.final.val_bpb != record["val_bpb"]:
+            found.problems.append(f"val_bpb is {record['val_bpb']}, its last stage's {found.final.val_bpb}")
+        passes = (
+            x for name, x in found.stages.items() if name != "ttt" or "mixed" not in found.stages
+        )  # they share one
+        found.eval_seconds = sum(x.seconds for x in passes)
+        found.world_size, found.on_cpu = int(record["hardware"].split()[0]), " on CPU" in record["hardware"]
+        return found
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: no record of a run ({type(error).__name__}: {error})") from None
+
+
+def read(path: Path) -> Report:
+    """Return what a log or a record states, with what there is to say against it."""
+    found = read_record(path) if path.suffix == ".json" else read_log(path)
+    if not found.stages:
+        found.problems.append("no score")
+    named = re.search(r"seed[_-]?(\d+)", path.name)
+    if named and found.seed != int(named[1]):
+        stated = "none" if found.seed is None else found.seed
+        found.problems.append(f"its name says seed {named[1]}, its lines {stated}")
+    for what, seconds in (("training", found.train_seconds), ("evaluation", found.eval_seconds)):
+        if seconds and seconds > LIMIT_SECONDS and not found.on_cpu:
+            found.problems.append(f"{what} took {seconds:.3f} s of {LIMIT_SECONDS:g}")
+    if found.total_bytes and found.total_bytes > CAP_BYTES:
+        found.problems.append(f"{found.total_bytes:,} bytes, {found.total_bytes - CAP_BYTES:,} over the cap")
+    if found.final and not math.isfinite(found.final.val_bpb):
+        found.problems.append(f"val_bpb is {found.final.val_bpb}")
+    return found
+
+
+# ==================== Comparing =======================================================================================
+
+
+def by_configuration(reports: list[Report]) -> list[list[Report]]:
+    """Return the runs in groups of one configuration, each sorted by seed."""
+    groups = defaultdict(list)
+    for report in reports:
+        groups[report.configuration].append(report)
+    return [sorted(group, key=lambda report: (report.seed or 0, report.name)) for group in groups.values()]
+
+
+def differences(groups: list[list[Report]]) -> list[str]:
+    """Return the settings that groups do not share, in words."""
+    known = [dict(group[0].configuration) for group in groups]
+    names = sorted(set().union(*known))
+    shown = ((name, [settings.get(name, "none") for settings in known]) for name in names)
+    return [f"{name}: {' | '.join(values)}" for name, values in shown if len(set(values)) > 1]
+
+
+def repeated(reports: list[Report]) -> list[str]:
+    """Return what is wrong with a group as a whole: a seed or a file twice, a stage that some lack."""
+    seeds = Counter(report.seed for report in reports if report.seed is not None)
+    found = [f"seed {seed} stands in {n} logs: one of them counts" for seed, n in seeds.items() if n > 1]
+    run_ids = Counter(report.settings.get("RUN_ID", report.settings.get("run_id", "")) for report in reports)
+    return found + [f"RUN_ID={name} stands in {n} logs" for name, n in run_ids.items() if n > 1 and name]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Mean, standard deviation and number of some values."""
+
+    mean: float
+    std: float
+    n: int
+
+
+def sample(values: list[float]) -> Sample:
+    return Sample(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0, len(values))
+
+
+def welch(ours: Sample, baseline: Sample, margin: float = 0.0) -> float:
+    """Return the p of one-sided Welch: that ours is not below the baseline by more than `margin`; NaN for one value."""
+    if min(ours.n, baseline.n) < 2 or not ours.std + baseline.std:
+        return math.nan
+    shifted = ours.mean + margin, ours.std, ours.n
+    result = stats.ttest_ind_from_stats(
+        *shifted, baseline.mean, baseline.std, baseline.n, equal_var=False, alternative="less"
+    )
+    return float(result.pvalue)
+
+
+def verdict(ours: Sample, baseline: Sample) -> list[str]:
+    """Return both rules of the competition on nll per token, each with its p."""
+    record, final = welch(ours, baseline, RECORD_NATS), welch(ours, baseline)
+    gain = baseline.mean - ours.mean
+    return [
+        f"baseline: nll {baseline.mean:.5f} +- {baseline.std:.5f} (n={baseline.n}); ours is lower by {gain:+.5f}",
+        f"written rule, lower by {RECORD_NATS} at p < {RECORD_P}: p = {record:.4g}, {met(record < RECORD_P)}",
+        f"rule applied at the end, lower at p < {FINAL_P}: p = {final:.4g}, {met(final < FINAL_P)}",
+    ]
+
+
+def met(yes: bool) -> str:
+    return "met" if yes else "NOT met"
+
+
+# ==================== Showing =========================================================================================
+
+
+def cell(value, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def row(report: Report, stages: list[str]) -> list[str]:
+    """Return a run's cells."""
+    found = [report.name, cell(report.seed, "d"), cell(report.steps, "d"), cell(report.step_ms, ".2f")]
+    found += [cell(report.stages[x].val_bpb if x in report.stages else None, ".5f") for x in stages]
+    margin = None if report.total_bytes is None else CAP_BYTES - report.total_bytes
+    found += [cell(report.final.val_loss if report.final else None, ".5f"), cell(report.train_seconds, ".1f")]
+    return [*found, cell(report.eval_seconds, ".1f"), cell(report.total_bytes, "d"), cell(margin, "d")]
+
+
+def summary(reports: list[Report], stages: list[str], name: str, of) -> list[str]:
+    """Return a row of a figure over runs: mean or standard deviation."""
+    columns = [[report.stages[x].val_bpb for report in reports if x in report.stages] for x in stages]
+    columns.append([report.final.val_loss for report in reports if report.final])
+    shown = [f"{of(sample(values)):.5f}" if values else "" for values in columns]
+    return [name, "", "", "", *shown, "", "", "", ""]
+
+
+def table(reports: list[Report]) -> list[list[str]]:
+    """Return names and rows for one configuration: a row a run, then mean and standard deviation."""
+    stages = list(dict.fromkeys(x for report in reports for x in report.stages))
+    names = ["log", "seed", "steps", "ms/step", *stages, "nll", "train s", "eval s", "bytes", "margin"]
+    rows = [row(report, stages) for report in reports]
+    if len(reports) > 1:
+        rows.append(summary(reports, stages, "mean", lambda x: x.mean))
+        rows.append(summary(reports, stages, f"std (n={len(reports)})", lambda x: x.std))
+    return [names, *rows]
+
+
+def as_text(rows: list[list[str]]) -> str:
+    widths = [max(len(line[i]) for line in rows) for i in range(len(rows[0]))]
+    aligned = (
+        [x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(line, widths, strict=True))]
+        for line in rows
+    )
+    return "\n".join("  ".join(line).rstrip() for line in aligned)
+
+
+def as_markdown(rows: list[list[str]]) -> str:
+    head, *rest = (f"| {' | '.join(line)} |" for line in rows)
+    return "\n".join([head, f"|{'---|' * len(rows[0])}", *rest])
+
+
+def as_csv(rows: list[list[str]]) -> str:
+    csv.writer(file := io.StringIO(), lineterminator="\n").writerows(rows)
+    return file.getvalue().rstrip()
+
+
+# ==================== The command line ================================================================================
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("logs", nargs="+", type=Path, metavar="LOG_OR_JSON")
+    add("--baseline", nargs="+", type=Path, default=[], metavar="LOG_OR_JSON", help="runs to be better than")
+    add("--baseline-loss", nargs=3, type=float, metavar=("MEAN", "STD", "N"), help="nll per token of published ones")
+    shown = parser.add_mutually_exclusive_group()
+    for form in (as_markdown, as_csv):
+        name = f"--{form.__name__.removeprefix('as_')}"
+        shown.add_argument(name, dest="show", action="store_const", const=form, default=as_text)
+    args = parser.parse_args()
+    try:
+        groups = by_configuration([read(path) for path in args.logs])
+        baseline = by_configuration([read(path) for path in args.baseline])
+        if len(baseline) > 1:
+            raise InputError(
+                f"--baseline: its runs differ in {'; '.join(differences(baseline))}; allowed is one system"
+            )
+        against = Sample(*args.baseline_loss[:2], int(args.baseline_loss[2])) if args.baseline_loss else None
+        if baseline:
+            against = sample([report.final.val_loss for report in baseline[0] if report.final])
+        for group in groups:
+            print(args.show(table(group)))
+            for problem in [f"{x.name}: {problem}" for x in group for problem in x.problems] + repeated(group):
+                print(f"! {problem}")
+            if against and (losses := [report.final.val_loss for report in group if report.final]):
+                print("\n".join(verdict(sample(losses), against)))
+            print()
+        if len(groups) > 1:
+            print(f"! {len(groups)} configurations, which are not averaged. They differ in")
+            print("\n".join(f"!   {line}" for line in differences(groups)))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
