@@ -4,6 +4,8 @@
     python tools/report.py logs/a_*.json --baseline logs/b_*.json                    # Welch's test against other runs
     python tools/report.py logs/a_*.json --baseline-loss 1.8919 0.0010 3             # mean, deviation and number
     python tools/report.py train_seed*.log --markdown                                # or --csv; any log of the family
+    python tools/report.py --record FOLDER logs/a_*.json --audit logs/audit_*.json   # makes a competition record
+    python tools/report.py --check FOLDER                                            # is somebody's record sound?
 
 It reads this project's records and logs and both formats of the published ones. Runs of different settings are never
 averaged: each configuration has its own rows, and what differs is printed. Whatever a row does not show, or is over a
@@ -343,18 +345,38 @@ def as_csv(rows: list[list[str]]) -> str:
 # ==================== The command line ================================================================================
 
 
+def make_or_check(args) -> int:
+    """Make a record folder, or print what is wrong with one. Return 1 for one that is not sound."""
+    import record  # which reads logs by this module
+
+    if args.record:
+        record.make_folder(args.record, args.logs, args.audit)
+        print(f"{args.record}: {len(args.logs)} runs")
+        return 0
+    wrong = record.check_folder(args.check)
+    print("\n".join(f"! {line}" for line in wrong) or "nothing is wrong")
+    return 1 if wrong else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("logs", nargs="+", type=Path, metavar="LOG_OR_JSON")
+    add("logs", nargs="*", type=Path, metavar="LOG_OR_JSON")
     add("--baseline", nargs="+", type=Path, default=[], metavar="LOG_OR_JSON", help="runs to be better than")
     add("--baseline-loss", nargs=3, type=float, metavar=("MEAN", "STD", "N"), help="nll per token of published ones")
+    add("--record", type=Path, metavar="FOLDER", help="make a record folder of runs of this script, by their JSON")
+    add("--audit", nargs="+", type=Path, default=[], metavar="JSON", help="what audit.py --report wrote, with --record")
+    add("--check", type=Path, metavar="FOLDER", help="check a record folder: logs, headline, seeds, sizes, limits")
     shown = parser.add_mutually_exclusive_group()
     for form in (as_markdown, as_csv):
         name = f"--{form.__name__.removeprefix('as_')}"
         shown.add_argument(name, dest="show", action="store_const", const=form, default=as_text)
     args = parser.parse_args()
     try:
+        if args.record or args.check:
+            return make_or_check(args)
+        if not args.logs:
+            raise InputError("no log; allowed are one or more, --record FOLDER or --check FOLDER")
         groups = by_configuration([read(path) for path in args.logs])
         baseline = by_configuration([read(path) for path in args.baseline])
         if len(baseline) > 1:
