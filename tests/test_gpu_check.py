@@ -16,9 +16,22 @@ TOOL = Path(train_gpt.__file__).resolve().parent / "tools" / "gpu_check.py"
 @pytest.mark.slow
 def test_every_part_passes_a_dry_run(tiny_env, tiny_data, tmp_path):
     small = tiny_env(iterations=2, reserve_seconds=1.0, eval_stride=16)
-    options = ["--steps", "1", "--val-tokens", "1040", "--tokens", "256", "--millions", "0.001", "--nproc", "1"]
+    options = [
+        "--steps",
+        "1",
+        "--val-tokens",
+        "1040",
+        "--tokens",
+        "256",
+        "--millions",
+        "0.001",
+        "--nproc",
+        "1",
+        "--limit",
+        "900",
+    ]
     command = [sys.executable, str(TOOL), "--out", str(tmp_path), "--data", str(tiny_data), "--dry-run", *options]
-    done = subprocess.run(command, env=small, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(command, env=small, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stdout + done.stderr
     names = [line.split()[1] for line in (tmp_path / "summary.txt").read_text().splitlines()]
     assert names[:5] == ["machine", "tests", "step", "run", "score"] and len(names) == len(set(names)) == 16

@@ -46,7 +46,8 @@ class Part:
 def parts(args) -> list[Part]:
     """Return all parts in order of worth."""
     data, python, out = ["--data", args.data], [sys.executable], Path(args.out)
-    ranks = [*python, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.nproc}"]
+    ranks = [*python, *(torchrun if args.nproc > 1 else [])]
     bench, step = str(ROOT / "tools" / "bench.py"), ["train", *data, "--steps", str(args.steps), "--warmup", "10"]
     forms = {f"step_kernels_{names or 'none'}": dict(KERNELS=names) for names in ("", "loss", "mlp")}
     forms |= {f"step_{name}": dict(ATTENTION=name) for name in ("flash3", "cudnn", "flash", "efficient")}
