@@ -741,8 +741,6 @@ SDPA_BACKENDS = dict(zip(("cudnn", "flash", "efficient", "math"), BACKENDS, stri
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "math") -> Tensor:
     """Return causal attention: q [B, T, H, D], grouped k and v [B, T, KV, D] -> [B, T, H, D]."""
     if backend == "flash3":
-        if flash_attn_func is None:
-            raise ImportError("no flash_attn_interface, FlashAttention 3, is installed")
         y = flash_attn_func(q, k, v, causal=True, deterministic=torch.are_deterministic_algorithms_enabled())
         return y[0] if isinstance(y, tuple) else y
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -892,12 +890,15 @@ def choose_attention(qkv: list[Tensor], c: Config) -> str:
     device, tries = qkv[0].device, [c.attention]
     if c.attention == "auto":
         tries = ["flash3", *SDPA_BACKENDS] if device.type == "cuda" else ["flash", "math"]
+    if "flash3" in tries and flash_attn_func is None:
+        log.info("kernel_fallback:ATTENTION=flash3 is not used (flash_attn_interface is not installed)")
+        tries.remove("flash3")
     backend = next((b for b in tries if agrees(f"ATTENTION={b}", attention, dict(backend=b), qkv, c)), "math")
-    if backend == "math" and device.type == "cuda":
+    if backend == "math" and device.type == "cuda" and c.phase != "eval":
         needed = 6 * c.num_layers * c.num_heads * c.micro_batch_tokens * c.train_seq_len  # six bytes a score of a step
         if needed > (memory := torch.cuda.get_device_properties(device).total_memory):
-            asked = f"ATTENTION=math needs {needed >> 30} GB at MICRO_BATCH_TOKENS={c.micro_batch_tokens}"
-            raise InputError(f"{asked}; allowed are {memory >> 30} GB, or another form that works here")
+            asked = f"ATTENTION=math needs {needed >> 30} GiB at MICRO_BATCH_TOKENS={c.micro_batch_tokens}"
+            raise InputError(f"{asked}; allowed are {memory >> 30} GiB, or another form that works here")
     return backend
 
 

@@ -10,8 +10,14 @@ from test_report import first
 
 import record
 import report
+import train_gpt
 
 CHECKS = ("score before update", "single pass", "causal", "distribution", "training text only", "separation")
+
+
+def config_of(seed, **changes):
+    places = dict(seed=seed, run_id=f"run{seed}", data_path="data/fineweb", late_qat_threshold=0.15)
+    return places | dict(mixer="hedge", hedge_experts=["neural", "maxent"]) | changes
 
 
 def run_of(seed, folder, **changes):
@@ -25,7 +31,7 @@ def run_of(seed, folder, **changes):
     made = dict(
         run_id=f"run{seed}",
         seed=seed,
-        config=dict(seed=seed, run_id=f"run{seed}", mixer="hedge", hedge_experts=["neural", "maxent"]),
+        config=config_of(seed),
         artifact=dict(code_bytes=len(script), total_bytes=15_990_000 + seed, part_bytes={}, sha256=f"artifact{seed}"),
         train=dict(steps=7000, step_avg_ms=83.0, seconds=dict(total=595.0)),
         hardware="8 x NVIDIA H100 80GB HBM3",
@@ -34,24 +40,29 @@ def run_of(seed, folder, **changes):
         final_stage="mixed",
         val_bpb=bpb,
     )
-    path = folder / f"run{seed}.json"
-    path.write_text(json.dumps(made | changes))
-    path.with_suffix(".txt").write_text(
-        f"SEED={seed}\nRUN_ID=run{seed}\nhardware: 8 x NVIDIA H100 80GB HBM3\nscript_sha256:{sha}\nseed:{seed}\n"
-        f"world_size:8 grad_accum_steps:1\nmodel_params:27000000\n"
-        f"step:7000/9000 train_loss:2.0 train_time:581000ms step_avg:83.00ms\ntrain_seconds: steps:581.0 total:595.0\n"
-        f"Code size: {len(script)} bytes\n"
-        f"Total submission size int6+lzma: {15_990_000 + seed} bytes cap:16000000 margin:1\n"
-        f"final_int6_roundtrip_exact val_loss:1.92 val_bpb:1.14\nmixed_exact val_loss:1.88 val_bpb:{bpb:.8f}\n"
-        f"eval_seconds: 200.0 of 600\nfinal val_bpb:{bpb:.8f} stage:mixed documents:50000 whole stream\n"
-    )
+    made |= changes
+    path, c, ranks = folder / f"run{seed}.json", made["config"], made["hardware"].split()[0]
+    path.write_text(json.dumps(made))
+    lines = [f"{name.upper()}={train_gpt.show(x)}" for name, x in c.items()]
+    lines += [f"hardware: {made['hardware']}", f"script_sha256:{sha}", f"seed:{seed}"]
+    lines += [f"world_size:{ranks} grad_accum_steps:1", "val_loader:shards pattern=x tokens:62021845 documents:50000"]
+    lines += ["train_loader:dataset:data/fineweb train_shards:80 sequences:9", "model_params:27000000"]
+    lines += ["step:7000/9000 train_loss:2.0 train_time:581000ms step_avg:83.00ms"]
+    lines += ["train_seconds: steps:581.0 total:595.0", f"Code size: {len(script)} bytes"]
+    lines += [f"Total submission size int6+lzma: {15_990_000 + seed} bytes cap:16000000 margin:1"]
+    lines += ["final_int6_roundtrip_exact val_loss:1.88000000 val_bpb:1.14000000"]
+    lines += [f"mixed_exact val_loss:1.88000000 val_bpb:{bpb:.8f}", "eval_seconds: 200.0 of 600"]
+    lines += [f"final val_bpb:{bpb:.8f} stage:mixed documents:50000 whole stream"]
+    path.with_suffix(".txt").write_text("\n".join(lines) + "\n")
     return path
 
 
 def audit_of(seed, folder, failed=()):
     checks = {name: dict(passed=name not in failed, figure="") for name in CHECKS}
     path = folder / f"audit{seed}.json"
-    path.write_text(json.dumps(dict(artifact_sha256=f"artifact{seed}", checks=checks)))
+    sha = hashlib.sha256((record.ROOT / "train_gpt.py").read_bytes()).hexdigest()
+    made = dict(artifact_sha256=f"artifact{seed}", script_sha256=sha, stage="mixed", run_id=f"run{seed}", tokens=8192)
+    path.write_text(json.dumps(made | dict(checks=checks)))
     return path
 
 
@@ -91,7 +102,7 @@ def test_what_nobody_saw_is_null_and_has_a_reason(tmp_path, command):
     failed = audit_of(1, tmp_path, failed=("separation",))
     assert command("--record", tmp_path / "made", on_cpu, "--audit", failed)[0] == 0
     made = json.loads((tmp_path / "made" / "submission.json").read_text())
-    assert made["compliance"]["train_under_600s"] is None and "CPU" in made["reasons"]["train_under_600s"]
+    assert made["compliance"]["train_under_600s"] is None and "8 H100s" in made["reasons"]["train_under_600s"]
     assert made["compliance"]["no_validation_training_leak"] is False and made["compliance"]["three_seeds"] is False
     assert (
         made["val_bpb"] is None
@@ -108,11 +119,16 @@ def test_what_nobody_saw_is_null_and_has_a_reason(tmp_path, command):
 
 
 def test_runs_that_are_not_one_system_make_no_record(tmp_path, command):
-    one, other = run_of(1, tmp_path), run_of(2, tmp_path, config=dict(seed=2, mixer="maxent", hedge_experts=[]))
+    one, other = run_of(1, tmp_path), run_of(2, tmp_path, config=config_of(2, mixer="maxent"))
     assert command("--record", tmp_path / "made", one, other)[2][0].startswith("error: the runs differ in")
     log = one.with_suffix(".txt")
     log.write_text(log.read_text().replace("script_sha256:", "script_sha256:0"))
     assert "no log of the train_gpt.py at hand" in command("--record", tmp_path / "made", one)[2][0]
+    run_of(1, tmp_path)
+    log.write_text(log.read_text().replace("1.11100000", "1.10100000"))
+    assert "its scores are" in command("--record", tmp_path / "made", one)[2][0]
+    one, other = (run_of(seed, tmp_path, artifact=dict(json.loads(one.read_text())["artifact"])) for seed in (1, 3))
+    assert "allowed is" in command("--record", tmp_path / "made", one, other)[2][0]
     assert not (tmp_path / "made").exists()
 
 
@@ -139,13 +155,13 @@ def test_a_sound_record_is_called_so(published):
 WRONG = {
     "a headline of one seed": ("submission.json", '1.8899, "seeds"', '1.8897, "seeds"', "the mean of 3 logs"),
     "a result that differs by 0.0001": ("submission.json", "1.11923", "1.11913", "val_bpb is 1.11913, its log states"),
-    "another size": ("submission.json", "15977386", "15977385", "bytes_total is 15977385, that of no log"),
+    "another size": ("submission.json", "15977386", "15977385", "bytes_total is 15977385; the largest"),
     "a byte over": ("train_seed1.log", "15977386", "16000001", "16,000,001 bytes, 1 over the cap"),
     "a training of 600.1 s": ("train_seed3.log", "599128ms", "600100ms", "training took 600.100 s"),
     "a subset": ("train_seed3.log", "tokens:62021632", "tokens:1000000", "1000000 validation tokens were scored"),
     "other settings": ("train_seed3.log", "model_params:26928220", "model_params:2", "the runs differ in model_params"),
     "a log cut short": ("train_seed3.log", "1.11922988\n", "1.1192", "ends in the middle of a line"),
-    "another script": ("train_gpt.py", "torch", "torch, and more", "bytes, the logs state"),
+    "another script": ("train_gpt.py", "torch", "torch, and more", "bytes; the logs count"),
 }
 
 
@@ -162,7 +178,11 @@ def test_a_seed_without_its_log_and_a_log_of_something_else_are_named(published)
     (published / "train_seed2.log").unlink()
     (published / "train_seed4.log").write_text("x\n")
     wrong = "\n".join(record.check_folder(published))
-    for words in ("seed 2: it has a result and no log", "2 logs with a score; three seeds", "no step and no score"):
+    for words in (
+        "seed 2: it has a result and no log",
+        "2 seeds with a score; three are wanted",
+        "no step and no score",
+    ):
         assert words in wrong
 
 

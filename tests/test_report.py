@@ -215,7 +215,7 @@ def test_two_logs_of_one_run_and_one_without_its_score_are_named(write, lines):
     assert "! seed 7 stands in 2 logs: one of them counts" in out and "! RUN_ID=a stands in 2 logs" in out
     unfinished = first(2).partition("DIAGNOSTIC")[0]
     out = lines(write("c.log", first(1)), write("d.log", unfinished))[1]
-    assert "! d.log: no score" in out and [line for line in out if line.startswith("!   stages: ")]
+    assert "! d.log: no score" in out and [line for line in out if line.startswith("!   scores: ")]
 
 
 @pytest.mark.parametrize(

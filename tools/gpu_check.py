@@ -11,6 +11,7 @@ passed is not run again. DIR/NAME.log holds the output of a part, DIR/summary.tx
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -27,6 +28,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import box
 import train_gpt
 from train_gpt import InputError
 
@@ -35,12 +37,20 @@ ROOT = Path(train_gpt.__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Part:
-    """A command, the settings that it needs, and where its figure stands in the output."""
+    """A command, the settings that it needs, and where its figure stands in the output.
+
+    A part that measures one form of a kernel has no figure where another form stood in.
+    """
 
     name: str
     command: list[str]
     figure: str  # a regular expression; the last line that it fits is the part's figure
     env: dict[str, str] = field(default_factory=dict)
+
+    def identity(self, dry_run: bool) -> str:
+        """Return a digest of what a result rests on: a part of another script, size or command runs again."""
+        script = (ROOT / "train_gpt.py").read_bytes()
+        return hashlib.sha256(script + repr((self.command, self.env, dry_run)).encode()).hexdigest()[:16]
 
 
 def parts(args) -> list[Part]:
@@ -77,11 +87,7 @@ def parts(args) -> list[Part]:
 
 
 def run_part(part: Part, env: dict[str, str], out: Path, limit: float) -> tuple[str, float, str]:
-    """Run a part, its output in its log. Return (PASS, FAIL or LATE; seconds; its figure or last words)."""
-    for stale in (f"{part.env.get('RUN_ID', part.name)}.{ending}" for ending in ("txt", "json", "npz", "artifact")):
-        (out / stale).unlink(missing_ok=True)  # of an attempt that failed: a run overwrites nothing
-    if part.name == "step":
-        (out / "profile.txt").unlink(missing_ok=True)
+    """Run a part, its output in its log. Return (PASS, SKIP, FAIL or LATE; seconds; its figure or last words)."""
     began, log = time.monotonic(), out / f"{part.name}.log"
     with (
         open(log, "wb") as file,
@@ -99,7 +105,20 @@ def run_part(part: Part, env: dict[str, str], out: Path, limit: float) -> tuple[
     said = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["nothing"]
     figures = [line for line in said if re.fullmatch(part.figure, line)]
     passed = "LATE" if status is None else "PASS" if status == 0 and figures else "FAIL"
+    other = [line for line in said if line.startswith("kernel_fallback:")] if part.name.startswith("step_") else []
+    if other and status is not None:
+        return "SKIP", time.monotonic() - began, other[-1]
     return passed, time.monotonic() - began, (figures or said)[-1].strip()
+
+
+def forget(part: Part, results: dict, out: Path) -> None:
+    """Remove what an earlier attempt at a part left, and the results that rest on it: a run overwrites nothing."""
+    for ending in ("txt", "json", "npz", "artifact"):
+        (out / f"{part.env.get('RUN_ID', part.name)}.{ending}").unlink(missing_ok=True)
+    if part.name == "step":
+        (out / "profile.txt").unlink(missing_ok=True)
+    for name in ("score", "audit", "strides", "epochs") if part.name == "run" else ("audit",) * (part.name == "score"):
+        results.pop(name, None)
 
 
 def check(args) -> int:
@@ -113,17 +132,21 @@ def check(args) -> int:
     if args.dry_run:
         small = dict(PRESET="smoke", DEVICE="cpu", ITERATIONS="2", OMP_NUM_THREADS="1")
         env = small | env  # the environment may name a smaller size still
+    lines, n_failed = [], 0
     for part in parts(args):
-        if results.get(part.name, ["none"])[0] != "PASS":
-            results[part.name] = run_part(part, env, out, args.limit)
+        identity = part.identity(args.dry_run)
+        was, *_, made_by = results.get(part.name, ["none", ""])
+        if was not in ("PASS", "SKIP") or made_by != identity:
+            if part.name in results:
+                forget(part, results, out)
+            results[part.name] = [*run_part(part, env, out, args.limit), identity]
             train_gpt.write_atomically(kept, json.dumps(results).encode())
-        passed, seconds, figure = results[part.name]
-        print(f"{passed:<4} {part.name:<18} {seconds:7.1f} s  {figure}", flush=True)
-    lines = [
-        f"{passed:<4} {name:<18} {seconds:7.1f} s  {figure}" for name, (passed, seconds, figure) in results.items()
-    ]
+        passed, seconds, figure, _ = results[part.name]
+        lines.append(f"{passed:<4} {part.name:<18} {seconds:7.1f} s  {figure}")
+        print(lines[-1], flush=True)
+        n_failed += passed in ("FAIL", "LATE")
     train_gpt.write_atomically(out / "summary.txt", ("\n".join(lines) + "\n").encode())
-    return sum(passed != "PASS" for passed, *_ in results.values())
+    return n_failed
 
 
 def machine() -> int:
@@ -147,9 +170,11 @@ def machine() -> int:
             versions[name] = "none"
     needed["triton"] = versions["triton"] != "none"
     print(f"torch's CUDA {torch.version.cuda}, {versions}, compiler {compiler}, {os.cpu_count()} CPUs")
+    reason = box.why_open()
+    needed[f"namespaces of Linux, for the audit's box ({reason})"] = not reason
     lacking = [name for name, there in needed.items() if not there]
     print(f"lacks: {'; '.join(lacking)}" if lacking else "nothing is lacking")
-    return 1 if lacking and torch.version.cuda else 0  # a CPU build is for a dry run
+    return 1 if lacking and (smi or torch.version.cuda) else 0  # a CPU build on a machine without a GPU: a dry run
 
 
 def main() -> int:

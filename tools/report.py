@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import hashlib
 import io
 import json
 import math
@@ -29,7 +30,7 @@ from pathlib import Path
 from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_gpt import CAP_BYTES, InputError, show
+from train_gpt import CAP_BYTES, InputError, refusing, show
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 600.0
@@ -67,6 +68,7 @@ class Report:
     total_bytes: int | None = None
     parts: dict[str, int] = field(default_factory=dict)
     val_tokens: int | None = None
+    data: str | None = None  # the folder of the shards
     on_cpu: bool = False  # where no limit of time holds
     problems: list[str] = field(default_factory=list)
 
@@ -76,7 +78,7 @@ class Report:
 
     @property
     def final(self) -> Stage | None:
-        return list(self.stages.values())[-1] if self.stages else None
+        return self.evaluation[-1] if self.evaluation else None
 
     @property
     def configuration(self) -> tuple[tuple[str, str], ...]:
@@ -84,61 +86,98 @@ class Report:
         # Of a path, the last folder and the file: seeds may run on several machines.
         shown = {name.lower(): "/".join(value.split("/")[-2:]) for name, value in self.settings.items()}
         known = {name: value for name, value in shown.items() if name not in PER_RUN}
-        known |= {"world_size": str(self.world_size), "model_params": str(self.n_params)}
-        return tuple(sorted({**known, "stages": ",".join(self.stages)}.items()))
+        known |= {"world_size": str(self.world_size), "scores": ",".join(self.stages)}
+        known |= {"text": f"{self.val_tokens} tokens of {self.data}", "code_bytes": str(self.code_bytes)}
+        if not self.is_ours:  # whose settings give the number
+            known["model_params"] = str(self.n_params)
+        return tuple(sorted(known.items()))
+
+    @property
+    def is_ours(self) -> bool:
+        return "LATE_QAT_THRESHOLD" in self.settings
+
+    @property
+    def evaluation(self) -> list[Stage]:
+        """Return the passes over the text that follow training; `ttt` and `mixed` share one."""
+        before = ("diagnostic p", "pre-quantization")  # of the weights before they are stored
+        shared = {"ttt"} if "mixed" in self.stages else set()
+        return [x for name, x in self.stages.items() if not name.lower().startswith(before) and name not in shared]
 
 
 # ==================== Reading =========================================================================================
 
 NUMBER = r"([-+]?[\d.]+(?:e[-+]?\d+)?|nan|inf)"
-STAGE = re.compile(rf"([^:=]*?)(_exact)? val_loss:{NUMBER} val_bpb:{NUMBER}(?: .*?eval_time:(\d+)ms)?(?:$| .*)")
+WORDS = r"(?: [a-z_]+:[^ ]+)*?"  # such as `stride:64`
+STAGE = re.compile(rf"([^:=]*?)(_exact)?{WORDS} val_loss:{NUMBER} val_bpb:{NUMBER}(?: .*?eval_time:(\d+)ms)?(?:$| .*)")
 # A line of the first format and one of the second, with what its groups are. The last line of a log that fits counts.
 FACTS = (
     (r"seed:(\d+)| +seed: (\d+)", "seed", int),
     (r"world_size:(\d+) .*| +world_size: (\d+)", "world_size", int),
     (r"model_params:(\d+)", "n_params", int),
+    (r"train_loader:dataset:(?:\S*/)?(\S+) train_shards.*", "data", str),
     (r"val_loader:.* tokens:(\d+).*|val_tokens: (\d+)", "val_tokens", int),
     (r"Code size(?: \(compressed\))?: (\d+) bytes", "code_bytes", int),
     (r"Total submission size(?: \S+)?: (\d+) bytes.*", "total_bytes", int),
     (r"(?:total_eval_time:|eval_seconds: )([\d.]+).*", "eval_seconds", float),
 )
 FACTS = tuple((re.compile(pattern), name, kind) for pattern, name, kind in FACTS)
-STEP = re.compile(r"(?:step:)?(\d+)/\d+ (?:train_loss|val_loss): ?\S+.* train_time:(\d+)ms step_avg:[\d.]+ms")
+STEP = re.compile(r"(?:step:)?(\d+)/\d+ (?:train_loss|val_loss): ?[^ ]+.* train_time:(\d+)ms step_avg:[\d.]+ms")
 MINUTES = re.compile(r"(\d+)/\d+ train_loss: \S+ train_time: ([\d.]+)m .*")
 STOPPED = re.compile(r"stopping_early: wallclock_cap train_time: ?(\d+)ms step: ?(\d+)/\d+")
 TRAIN_SECONDS = re.compile(r"train_seconds: .*\btotal:([\d.]+).*")
 SETTING = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)|  ([a-z][a-z0-9_]*): (.*)")
 OWN_FINAL = re.compile(rf"final val_bpb:{NUMBER} stage:(\S+) (.*)")
+PAIRS = re.compile(r"(?!step:)[a-z_]+:[^\s:]+(?: [a-z_]+:[^\s:]+)+")  # settings in the first format
+STAMP = re.compile(r"\[?\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d\S* ")
+OUR_STAGES = re.compile(r"final_\w+?_(roundtrip|sliding)(?:_window)?|legal_(ttt)")
+# A last line that nothing cut: scores have eight digits behind the point.
+COMPLETE = re.compile(r".* val_bpb:\d+\.\d{8}( eval_time:\d+ms)?|total_eval_time:\d+\.\ds|")
 # The first scripts' name of their only score; later ones state their last one under it once more.
 REPEATED = "final_int8_zlib_roundtrip"
 
 
-def without_source(lines: list[str]) -> list[str]:
-    """Return a log without the script that it may begin with, up to the second line of 100 equal signs."""
-    rules = [i for i, line in enumerate(lines) if re.fullmatch("={100}", line)]
-    return lines[rules[-1] + 1 :] if rules else lines
+def split_source(lines: list[str]) -> tuple[list[str], list[str]]:
+    """Return the script that a log may hold between lines of 100 equal signs, and all else."""
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if re.fullmatch("={100}", line):
+            parts.append([])
+        else:
+            parts[-1].append(line)
+    source, rest = [], []
+    for part in parts:
+        (source if any(re.match(r"import |from \w+ import ", line) for line in part) else rest).extend(part)
+    return source, rest
 
 
 def read_log(path: Path) -> Report:
     """Return what a text log states. Raise InputError where it is none."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
+    text = path.read_text(encoding="utf-8", errors="replace")
     found = Report(path)
-    if not text.endswith("\n"):
+    if not text.endswith("\n") and not COMPLETE.fullmatch(text[text.rfind("\n") + 1 :]):
         found.problems.append("the log ends in the middle of a line")
         text = text[: text.rfind("\n") + 1]
-    for line in without_source(text.splitlines()):
-        read_line(found, line)
+    source, lines = split_source(text.splitlines())
+    if source:
+        found.settings["source"] = hashlib.sha256("\n".join(source).encode()).hexdigest()[:12]
+    for line in lines:
+        if len(line) < 2000:
+            read_line(found, STAMP.sub("", line))
     if not (found.stages or found.steps):
         raise InputError(f"{path}: no step and no score; allowed are logs of this family of scripts, and our records")
     if found.steps and found.train_seconds and not found.step_ms:
         found.step_ms = 1000 * found.train_seconds / found.steps
-    if found.eval_seconds is None and found.final:
-        found.eval_seconds = found.final.seconds
-    if len(found.stages) > 1:
-        found.stages.pop(REPEATED, None)
+    others = [x.val_bpb for name, x in found.stages.items() if name != REPEATED]
+    if REPEATED in found.stages and found.stages[REPEATED].val_bpb in others:
+        del found.stages[REPEATED]
+    if found.is_ours:
+        renamed = ((OUR_STAGES.fullmatch(name), name, x) for name, x in found.stages.items())
+        found.stages = {(fits and (fits[1] or fits[2])) or name: x for fits, name, x in renamed}
+        if found.stages and not any(OWN_FINAL.fullmatch(line) for line in lines):
+            found.problems.append("no final line: the run did not end")
+    timed = [x.seconds for x in found.evaluation if x.seconds is not None]
+    if found.eval_seconds is None and timed:
+        found.eval_seconds = sum(timed)
     return found
 
 
@@ -161,7 +200,7 @@ def read_line(found: Report, line: str) -> None:
     elif fits := TRAIN_SECONDS.fullmatch(line):
         found.train_seconds = float(fits[1])  # with all that follows the steps
     elif fits := OWN_FINAL.fullmatch(line):
-        if f"{found.final.val_bpb:.8f}" != fits[1] if found.final else True:
+        if not found.final or f"{found.final.val_bpb:.8f}" != fits[1]:
             found.problems.append(f"the final line states {fits[1]}, the last stage another value")
         found.problems += [fits[3]] if re.search("PARTIAL|CUT|OVER", fits[3]) else []
     elif line.startswith("hardware: "):
@@ -171,55 +210,66 @@ def read_line(found: Report, line: str) -> None:
     elif (fits := STAGE.fullmatch(line)) and not re.match(r"(step:)?\d+/\d+", line):
         before = found.stages.pop(fits[1], None)  # the exact line comes second, without the time
         seconds = int(fits[5]) / 1000 if fits[5] else before.seconds if before else None
+        if before and abs(before.val_bpb - float(fits[4])) > 1e-4:
+            found.problems.append(f"{fits[1]} is {before.val_bpb} in one line and {fits[4]} in another")
         found.stages[fits[1]] = Stage(float(fits[3]), float(fits[4]), seconds)
+    elif PAIRS.fullmatch(line) and found.steps is None and not found.is_ours:
+        found.settings |= dict(pair.split(":") for pair in line.split())
 
 
 def read_record(path: Path) -> Report:
-    """Return what one of this project's JSON records states. Raise InputError where it is none."""
-    try:
-        record = json.loads(path.read_text())
-        config, artifact, train = record["config"], record["artifact"], record["train"] or {}
-        settings = {name.upper(): show(value) for name, value in config.items()}
-        found = Report(path, settings, record["seed"], parts=artifact["part_bytes"])
-        found.code_bytes, found.total_bytes = artifact["code_bytes"], artifact["total_bytes"]
-        found.steps, found.step_ms = train.get("steps"), train.get("step_avg_ms")
-        found.train_seconds = train["seconds"]["total"] if train else None
-        for name, row in record["stages"].items():
-            found.stages[name] = Stage(row["val_loss"], row["val_bpb"], row["seconds"])
-            found.val_tokens = row["tokens"]
-            if not row["whole_stream"]:
-                found.problems.append(f"{name}: PARTIAL stream of {row['documents']} documents")
-        if found.final and found.final.val_bpb != record["val_bpb"]:
-            found.problems.append(f"val_bpb is {record['val_bpb']}, its last stage's {found.final.val_bpb}")
-        passes = (
-            x for name, x in found.stages.items() if name != "ttt" or "mixed" not in found.stages
-        )  # they share one
-        found.eval_seconds = sum(x.seconds for x in passes)
-        found.world_size, found.on_cpu = int(record["hardware"].split()[0]), " on CPU" in record["hardware"]
-        return found
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: no record of a run ({type(error).__name__}: {error})") from None
+    """Return what one of this project's JSON records states."""
+    record = json.loads(path.read_text())
+    config, artifact, train = record["config"], record["artifact"], record["train"] or {}
+    settings = {name.upper(): show(value) for name, value in config.items()}
+    found = Report(path, settings, record["seed"], parts=artifact["part_bytes"])
+    found.code_bytes, found.total_bytes = artifact["code_bytes"], artifact["total_bytes"]
+    found.steps, found.step_ms = train.get("steps"), train.get("step_avg_ms")
+    seconds = train.get("seconds")
+    found.train_seconds = seconds["total"] if isinstance(seconds, dict) else seconds
+    found.data = Path(config.get("data_path", "")).name or None
+    for name, row in record["stages"].items():
+        found.stages[name] = Stage(row["val_loss"], row["val_bpb"], row["seconds"])
+        found.val_tokens = row["tokens"]
+        if not row["whole_stream"]:
+            found.problems.append(f"{name}: PARTIAL stream of {row['documents']} documents")
+        if row.get("ttt_stop") is not None:
+            found.problems.append(f"{name}: adaptation CUT after {row['ttt_stop']} of {row['chunks']} chunks")
+    if found.final and found.final.val_bpb != record["val_bpb"]:
+        found.problems.append(f"val_bpb is {record['val_bpb']}, its last stage's {found.final.val_bpb}")
+    found.eval_seconds = sum(x.seconds for x in found.evaluation) if found.stages else None
+    found.world_size, found.on_cpu = int(record["hardware"].split()[0]), " on CPU" in record["hardware"]
+    return found
 
 
 def read(path: Path) -> Report:
-    """Return what a log or a record states, with what there is to say against it."""
-    found = read_record(path) if path.suffix == ".json" else read_log(path)
-    if not found.stages:
+    """Return what a log or a record states, with what there is to say against it. Raise InputError where it is none."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
+    with refusing(f"{path}: no log and no record of a run"):
+        found = read_record(path) if path.suffix == ".json" else read_log(path)
+        judge(found)
+    return found
+
+
+def judge(found: Report) -> None:
+    """Name what there is to say against a run."""
+    if not found.final:
         found.problems.append("no score")
-    named = re.search(r"seed[_-]?(\d+)", path.name)
-    if named and found.seed != int(named[1]):
-        stated = "none" if found.seed is None else found.seed
-        found.problems.append(f"its name says seed {named[1]}, its lines {stated}")
+    named = re.search(r"seed[_-]?(\d+)", found.name)
+    if named and (found.seed is None or found.settings.get("PHASE") == "eval"):  # scoring has no seed of its own
+        found.seed = int(named[1])
+    elif named and found.seed != int(named[1]):
+        found.problems.append(f"its name says seed {named[1]}, its lines {found.seed}")
     for what, seconds in (("training", found.train_seconds), ("evaluation", found.eval_seconds)):
         if seconds and seconds > LIMIT_SECONDS and not found.on_cpu:
-            found.problems.append(f"{what} took {seconds:.3f} s of {LIMIT_SECONDS:g}")
+            last = what == "training" and seconds - LIMIT_SECONDS < (found.step_ms or 0.0) / 1000
+            within = ", less than a step over" if last else ""
+            found.problems.append(f"{what} took {seconds:.3f} s of {LIMIT_SECONDS:g}{within}")
     if found.total_bytes and found.total_bytes > CAP_BYTES:
         found.problems.append(f"{found.total_bytes:,} bytes, {found.total_bytes - CAP_BYTES:,} over the cap")
-    if found.final and not math.isfinite(found.final.val_bpb):
+    if found.final and not 0 < found.final.val_bpb < math.inf:
         found.problems.append(f"val_bpb is {found.final.val_bpb}")
-    return found
 
 
 # ==================== Comparing =======================================================================================
@@ -242,7 +292,7 @@ def differences(groups: list[list[Report]]) -> list[str]:
 
 
 def repeated(reports: list[Report]) -> list[str]:
-    """Return what is wrong with a group as a whole: a seed or a file twice, a stage that some lack."""
+    """Return what is wrong with a group as a whole: a seed or a run twice."""
     seeds = Counter(report.seed for report in reports if report.seed is not None)
     found = [f"seed {seed} stands in {n} logs: one of them counts" for seed, n in seeds.items() if n > 1]
     run_ids = Counter(report.settings.get("RUN_ID", report.settings.get("run_id", "")) for report in reports)
@@ -275,6 +325,8 @@ def welch(ours: Sample, baseline: Sample, margin: float = 0.0) -> float:
 
 def verdict(ours: Sample, baseline: Sample) -> list[str]:
     """Return both rules of the competition on nll per token, each with its p."""
+    if min(ours.n, baseline.n) < 2:
+        return [f"no test: it needs two runs each, here are {ours.n} and {baseline.n}"]
     record, final = welch(ours, baseline, RECORD_NATS), welch(ours, baseline)
     gain = baseline.mean - ours.mean
     return [
@@ -317,7 +369,7 @@ def table(reports: list[Report]) -> list[list[str]]:
     stages = list(dict.fromkeys(x for report in reports for x in report.stages))
     names = ["log", "seed", "steps", "ms/step", *stages, "nll", "train s", "eval s", "bytes", "margin"]
     rows = [row(report, stages) for report in reports]
-    if len(reports) > 1:
+    if len(reports) > 1 and not repeated(reports):
         rows.append(summary(reports, stages, "mean", lambda x: x.mean))
         rows.append(summary(reports, stages, f"std (n={len(reports)})", lambda x: x.std))
     return [names, *rows]
@@ -385,18 +437,23 @@ def main() -> int:
             )
         against = Sample(*args.baseline_loss[:2], int(args.baseline_loss[2])) if args.baseline_loss else None
         if baseline:
-            against = sample([report.final.val_loss for report in baseline[0] if report.final])
+            against = sample([report.final.val_loss for report in baseline[0] if report.final] or [math.nan])
         for group in groups:
             print(args.show(table(group)))
             for problem in [f"{x.name}: {problem}" for x in group for problem in x.problems] + repeated(group):
                 print(f"! {problem}")
-            if against and (losses := [report.final.val_loss for report in group if report.final]):
+            texts = {report.val_tokens for report in (*group, *sum(baseline, [])) if report.val_tokens}
+            if against and repeated(group):
+                print("! no test of runs that stand there twice")
+            elif against and len(texts) > 1:
+                print(f"! no test: nll a token of texts of {' and '.join(map(str, sorted(texts)))} tokens")
+            elif against and (losses := [report.final.val_loss for report in group if report.final]):
                 print("\n".join(verdict(sample(losses), against)))
             print()
         if len(groups) > 1:
             print(f"! {len(groups)} configurations, which are not averaged. They differ in")
             print("\n".join(f"!   {line}" for line in differences(groups)))
-    except InputError as error:
+    except (InputError, OSError, ValueError, KeyError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
