@@ -181,7 +181,7 @@ time.sleep(1000)
 def test_a_peer_and_ours_are_timed_by_their_own_lines(lines_of, tmp_path):
     (tmp_path / "peer.py").write_text(PEER)
     lines = lines_of("train", "--peer", tmp_path / "peer.py", "--steps", 20, "--warmup", 7, "--pairs", 1)
-    assert "20 steps of 256 tokens after 10 untimed ones" in lines[0] and "SDPBackend.MATH" in lines[1]
+    assert "20 steps of 256 tokens after 10 untimed ones" in lines[0] and "SDPBackend.FLASH" in lines[1]
     assert lines[3].split() == ["0", "peer", "30.00", "0.0%", "8533", "6.0000"]
     pair, name, ms, _, rate, loss = lines[4].split()
     assert name == "ours" and float(rate) == pytest.approx(256_000 / float(ms), rel=0.01) and 0 < float(loss) < 7

@@ -779,7 +779,6 @@ def test_no_graph_is_compiled_once_a_clock_runs(run, monkeypatch):
     compiled = functools.partial(torch.compile, backend=backend, dynamic=False, fullgraph=True)
     monkeypatch.setattr(train_gpt, "compiles", lambda c, device: True)
     monkeypatch.setattr(train_gpt, "compiled", lambda function, c, device: compiled(function))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 64)
     finished(run("graphs", iterations=2, warmup_steps=1, late_qat_threshold=1.0))
     assert graphs.pop("choose_kernels") == 1
     # The step; held-out losses, whose last micro batch is shorter here; windows that score all or a stride; adaptation.
