@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -205,6 +206,20 @@ def virtual_time(monkeypatch):
     clock = VirtualTime()
     monkeypatch.setattr(train_gpt, "time", clock)
     return clock
+
+
+@pytest.fixture
+def run_report(monkeypatch, capsys):
+    """run_report(*arguments) -> (exit status, lines of the output, of the error output) of tools/report.py."""
+    import report  # with SciPy, which no other test needs
+
+    def run_report(*arguments):
+        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
+        status = report.main()
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), err.splitlines()
+
+    return run_report
 
 
 def build(config, seed=0):

@@ -48,8 +48,8 @@ def test_every_part_passes_a_dry_run(tiny_env, tiny_data, tmp_path):
 def checked(monkeypatch, tmp_path, capsys):
     """checked(code, limit=60) -> (number that fail, printed lines): a session of one part, this Python code."""
 
-    def checked(code, limit=60.0, dry_run=False):
-        part = gpu_check.Part("step", [sys.executable, "-c", code], r"figure: .*", dict(RUN_ID="x"))
+    def checked(code, limit=60.0, dry_run=False, **env):
+        part = gpu_check.Part("step", [sys.executable, "-c", code], r"figure: .*", dict(RUN_ID="x", **env))
         monkeypatch.setattr(gpu_check, "parts", lambda args: [part])
         args = dict(out=str(tmp_path), data=str(tmp_path), dry_run=dry_run, limit=limit)
         failed = gpu_check.check(type("Args", (), args)())
@@ -72,6 +72,22 @@ def test_a_part_that_failed_runs_again_and_one_that_passed_does_not(checked, tmp
     assert checked(code)[0] == 0 and (tmp_path / "count").read_text() == "xxxx"
     assert (tmp_path / "summary.txt").read_text().startswith("PASS step")
     assert list(json.loads((tmp_path / "results.json").read_text())) == ["step"]
+
+
+def test_a_session_that_was_killed_goes_on(checked, tmp_path):
+    """What the part had begun to write is in its way."""
+    (tmp_path / "results.json").write_text(json.dumps({"step": ["BEGUN", 0.0, "", "before"]}))
+    (tmp_path / "x.json").write_text("half")
+    code = f"import json, os; print('figure:', os.path.exists({str(tmp_path / 'x.json')!r}), end=' ')\n"
+    code += f"print(json.load(open({str(tmp_path / 'results.json')!r}))['step'][0])"
+    assert checked(code)[1][0].endswith("figure: False BEGUN")
+
+
+def test_a_form_that_fell_back_has_no_figure(checked):
+    said = "print('kernel_fallback:ATTENTION=flash3 is not used (none)\\nfigure: 7')"
+    assert checked(said)[1][0].startswith("PASS")  # another form's part
+    failed, (line,) = checked(said, ATTENTION="flash3")
+    assert failed == 0 and line.startswith("SKIP") and "flash3 is not used" in line
 
 
 def test_a_part_that_takes_too_long_is_ended(checked):

@@ -3,13 +3,11 @@
 import hashlib
 import json
 import shutil
-import sys
 
 import pytest
 from test_report import first
 
 import record
-import report
 import train_gpt
 
 CHECKS = ("score before update", "single pass", "causal", "distribution", "training text only", "separation")
@@ -66,22 +64,9 @@ def audit_of(seed, folder, failed=()):
     return path
 
 
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """command(*arguments) -> (exit status, lines of the output, of the error output) of report.py."""
-
-    def command(*arguments):
-        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
-        status = report.main()
-        out, err = capsys.readouterr()
-        return status, out.splitlines(), err.splitlines()
-
-    return command
-
-
-def test_a_record_states_what_its_runs_and_audits_do(tmp_path, command):
+def test_a_record_states_what_its_runs_and_audits_do(tmp_path, run_report):
     runs, audits = ([make(seed, tmp_path) for seed in (1, 2, 3)] for make in (run_of, audit_of))
-    assert command("--record", tmp_path / "made", *runs, "--audit", *audits)[0] == 0
+    assert run_report("--record", tmp_path / "made", *runs, "--audit", *audits)[0] == 0
     made = json.loads((tmp_path / "made" / "submission.json").read_text())
     assert (made["val_bpb"], made["val_bpb_std"], made["seeds"]) == (1.112, 0.001, [1, 2, 3])
     assert made["seed_results"]["2"]["val_bpb"] == 1.112 and made["bytes_total"] == 15_990_003
@@ -94,13 +79,13 @@ def test_a_record_states_what_its_runs_and_audits_do(tmp_path, command):
         f"train_seed{seed}.log" for seed in (1, 2, 3)
     }
     assert "| train" not in (tmp_path / "made" / "README.md").read_text().partition("## Results")[0]
-    assert command("--check", tmp_path / "made")[:2] == (0, ["nothing is wrong"])
+    assert run_report("--check", tmp_path / "made")[:2] == (0, ["nothing is wrong"])
 
 
-def test_what_nobody_saw_is_null_and_has_a_reason(tmp_path, command):
+def test_what_nobody_saw_is_null_and_has_a_reason(tmp_path, run_report):
     on_cpu = run_of(1, tmp_path, hardware="1 process(es) on CPU, 1 thread(s) each, x86_64")
     failed = audit_of(1, tmp_path, failed=("separation",))
-    assert command("--record", tmp_path / "made", on_cpu, "--audit", failed)[0] == 0
+    assert run_report("--record", tmp_path / "made", on_cpu, "--audit", failed)[0] == 0
     made = json.loads((tmp_path / "made" / "submission.json").read_text())
     assert made["compliance"]["train_under_600s"] is None and "8 H100s" in made["reasons"]["train_under_600s"]
     assert made["compliance"]["no_validation_training_leak"] is False and made["compliance"]["three_seeds"] is False
@@ -109,7 +94,7 @@ def test_what_nobody_saw_is_null_and_has_a_reason(tmp_path, command):
         and made["seed_results"]["1"]["val_bpb"] == 1.111
         and "three seeds" in made["reasons"]["val_bpb"]
     )
-    assert command("--record", tmp_path / "bare", run_of(2, tmp_path))[0] == 0
+    assert run_report("--record", tmp_path / "bare", run_of(2, tmp_path))[0] == 0
     bare = json.loads((tmp_path / "bare" / "submission.json").read_text())
     assert bare["compliance"]["no_slot"] is None and "no audit" in bare["reasons"]["no_slot"]
     none = record.submission([], [], [])
@@ -118,17 +103,17 @@ def test_what_nobody_saw_is_null_and_has_a_reason(tmp_path, command):
     )
 
 
-def test_runs_that_are_not_one_system_make_no_record(tmp_path, command):
+def test_runs_that_are_not_one_system_make_no_record(tmp_path, run_report):
     one, other = run_of(1, tmp_path), run_of(2, tmp_path, config=config_of(2, mixer="maxent"))
-    assert command("--record", tmp_path / "made", one, other)[2][0].startswith("error: the runs differ in")
+    assert run_report("--record", tmp_path / "made", one, other)[2][0].startswith("error: the runs differ in")
     log = one.with_suffix(".txt")
     log.write_text(log.read_text().replace("script_sha256:", "script_sha256:0"))
-    assert "no log of the train_gpt.py at hand" in command("--record", tmp_path / "made", one)[2][0]
+    assert "no log of the train_gpt.py at hand" in run_report("--record", tmp_path / "made", one)[2][0]
     run_of(1, tmp_path)
     log.write_text(log.read_text().replace("1.11100000", "1.10100000"))
-    assert "its scores are" in command("--record", tmp_path / "made", one)[2][0]
+    assert "its scores are" in run_report("--record", tmp_path / "made", one)[2][0]
     one, other = (run_of(seed, tmp_path, artifact=dict(json.loads(one.read_text())["artifact"])) for seed in (1, 3))
-    assert "allowed is" in command("--record", tmp_path / "made", one, other)[2][0]
+    assert "allowed is" in run_report("--record", tmp_path / "made", one, other)[2][0]
     assert not (tmp_path / "made").exists()
 
 
@@ -166,11 +151,11 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name, old, new, words", WRONG.values(), ids=WRONG)
-def test_a_record_with_a_fault_is_not_sound(published, command, name, old, new, words):
+def test_a_record_with_a_fault_is_not_sound(published, run_report, name, old, new, words):
     text = (published / name).read_text()
     assert old in text
     (published / name).write_text(text.replace(old, new))
-    status, out, _ = command("--check", published)
+    status, out, _ = run_report("--check", published)
     assert status == 1 and [line for line in out if words in line], out
 
 
@@ -186,12 +171,12 @@ def test_a_seed_without_its_log_and_a_log_of_something_else_are_named(published)
         assert words in wrong
 
 
-def test_what_is_no_record_costs_one_line(tmp_path, command):
+def test_what_is_no_record_costs_one_line(tmp_path, run_report):
     for text in ("{", "[1]"):
         (tmp_path / "submission.json").write_text(text)
-        status, _, errors = command("--check", tmp_path)
+        status, _, errors = run_report("--check", tmp_path)
         assert status == 2 and len(errors) == 1 and "allowed is a record's JSON" in errors[0]
-    assert command("--check", tmp_path / "none")[0] == 2 and command()[0] == 2
+    assert run_report("--check", tmp_path / "none")[0] == 2 and run_report()[0] == 2
 
 
 def test_the_submission_at_the_top_is_what_the_report_makes_of_no_run():

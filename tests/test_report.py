@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 
 import pytest
 
@@ -89,19 +88,6 @@ def record(**changes):
     return json.dumps(made | changes)
 
 
-@pytest.fixture
-def lines(monkeypatch, capsys):
-    """lines(*arguments) -> (exit status, lines of the output, of the error output) of the command."""
-
-    def lines(*arguments):
-        monkeypatch.setattr(sys, "argv", ["report.py", *map(str, arguments)])
-        status = report.main()
-        out, err = capsys.readouterr()
-        return status, out.splitlines(), err.splitlines()
-
-    return lines
-
-
 def test_a_log_of_the_first_format_is_read_behind_the_source_that_it_begins_with(write):
     found = report.read(write("train_seed1337.log", first()))
     assert (found.seed, found.world_size, found.n_params, found.val_tokens) == (1337, 8, 26928220, 62021632)
@@ -127,7 +113,7 @@ def test_a_log_of_the_second_format_is_read(write):
 def test_our_logs_and_records_state_the_same(tmp_path):
     logs = report.ROOT / "logs"
     text, data = (report.read(logs / f"smoke_sample.{ending}") for ending in ("txt", "json"))
-    same = "seed steps code_bytes total_bytes parts val_tokens world_size on_cpu settings problems"
+    same = "seed steps code_bytes total_bytes val_tokens world_size on_cpu settings problems"
     for name in same.split():
         assert getattr(text, name) == getattr(data, name), name
     assert text.train_seconds == pytest.approx(data.train_seconds, abs=0.1)
@@ -137,36 +123,38 @@ def test_our_logs_and_records_state_the_same(tmp_path):
     assert scores[0] == scores[1] and len(scores[0]) == 4
 
 
-def test_mean_deviation_and_both_rules(write, lines):
+def test_mean_deviation_and_both_rules(write, run_report):
     ours = [write(f"a_seed{seed}.log", first(seed, loss)) for seed, loss in ((1, "1.880"), (2, "1.881"), (3, "1.882"))]
     theirs = [
         write(f"b_seed{seed}.log", first(seed, loss)) for seed, loss in ((1, "1.887"), (2, "1.888"), (3, "1.889"))
     ]
-    status, out, _ = lines(*ours, "--baseline", *theirs)
+    status, out, _ = run_report(*ours, "--baseline", *theirs)
     mean, std = (next(line.split() for line in out if line.startswith(name)) for name in ("mean", "std"))
     assert status == 0 and mean[-1] == "1.88100" and std[-1] == "0.00100"
     # By hand: t = (0.007 - 0.005) / sqrt(2 * 0.001^2 / 3) = 2.449 with 4 degrees of freedom, one-sided.
     assert "p = 0.03524, NOT met" in out[-3] and "p < 0.25: p = 0.0005" in out[-2] and out[-2].endswith(", met")
-    same = lines(*ours, "--baseline-loss", 1.888, 0.001, 3)[1]
+    same = run_report(*ours, "--baseline-loss", 1.888, 0.001, 3)[1]
     assert same[-4:] == out[-4:]
     assert math.isnan(report.welch(report.Sample(1.0, 0.0, 1), report.Sample(2.0, 0.1, 3)))
 
 
 @pytest.mark.parametrize("form", ["markdown", "csv"])
-def test_other_forms_hold_the_same_cells(write, lines, form):
+def test_other_forms_hold_the_same_cells(write, run_report, form):
     path = write("a_seed1.log", first(1))
-    cells = [line.split() for line in lines(path)[1][:2]]
+    cells = [line.split() for line in run_report(path)[1][:2]]
     split = {"markdown": lambda x: x.strip("| ").split(" | "), "csv": lambda x: x.split(",")}[form]
-    found = [split(line) for line in lines(path, f"--{form}")[1] if not line.startswith("|---")][:2]
+    found = [split(line) for line in run_report(path, f"--{form}")[1] if not line.startswith("|---")][:2]
     assert [" ".join(line) for line in found] == [" ".join(line) for line in cells]
 
 
-def test_unlike_configurations_are_not_averaged_and_what_differs_is_printed(write, lines):
+def test_unlike_configurations_are_not_averaged_and_what_differs_is_printed(write, run_report):
     a, b = write("a.json", record()), write("b.json", record(config=dict(seed=8, run_id="b", matrix_lr=0.03), seed=8))
-    status, out, _ = lines(a, b)
+    status, out, _ = run_report(a, b)
     assert status == 0 and not [line for line in out if line.startswith("mean")]
     assert "!   matrix_lr: 0.02 | 0.03" in out and "! 2 configurations, which are not averaged. They differ in" in out
-    assert lines(a, "--baseline", a, b)[2][0].startswith("error: --baseline: its runs differ in matrix_lr: 0.02 | 0.03")
+    assert run_report(a, "--baseline", a, b)[2][0].startswith(
+        "error: --baseline: its runs differ in matrix_lr: 0.02 | 0.03"
+    )
     moved = [write(f"{i}.log", SECOND.format(place=place)) for i, place in enumerate(("/root/x", "/workspace"))]
     assert len(report.by_configuration(list(map(report.read, moved)))) == 1  # two machines, one system
 
@@ -181,14 +169,14 @@ WRONG = {
 
 
 @pytest.mark.parametrize("change, words", WRONG.values(), ids=WRONG)
-def test_what_is_wrong_with_a_run_stands_under_the_table(write, lines, change, words):
+def test_what_is_wrong_with_a_run_stands_under_the_table(write, run_report, change, words):
     assert change(record()) != record()
-    status, out, _ = lines(write("a.json", change(record())))
+    status, out, _ = run_report(write("a.json", change(record())))
     assert status == 0 and [line for line in out if line.startswith("! a.json: ") and words in line], out
-    assert not [line for line in lines(write("b.json", record()))[1] if line.startswith("!")]
+    assert not [line for line in run_report(write("b.json", record()))[1] if line.startswith("!")]
 
 
-def test_what_is_wrong_with_a_log_stands_under_the_table(write, lines):
+def test_what_is_wrong_with_a_log_stands_under_the_table(write, run_report):
     logs = {
         "the log ends in the middle of a line": first()[:-30],
         "22,614": first(size=report.CAP_BYTES + 22_614),
@@ -197,24 +185,24 @@ def test_what_is_wrong_with_a_log_stands_under_the_table(write, lines):
         "val_bpb is nan": first(loss="nan").replace("1.11922988", "nan"),
     }
     for words, text in logs.items():
-        out = lines(write("x_seed5.log", text))[1]
+        out = run_report(write("x_seed5.log", text))[1]
         assert [line for line in out if line.startswith("! x_seed5.log: ") and words in line], (words, out)
     own = (report.ROOT / "logs" / "smoke_sample.txt").read_text()
     stated = own.rstrip().splitlines()[-1].split("val_bpb:")[1].split()[0]
-    out = lines(write("own.txt", own.replace(f"final val_bpb:{stated}", f"final val_bpb:{float(stated) - 1e-4:.8f}")))[
-        1
-    ]
+    out = run_report(
+        write("own.txt", own.replace(f"final val_bpb:{stated}", f"final val_bpb:{float(stated) - 1e-4:.8f}"))
+    )[1]
     assert [line for line in out if "the last stage another value" in line]
     cut = own.replace("whole stream", "PARTIAL stream adaptation CUT by MAX_EVAL_SECONDS after 3 of 9 chunks")
-    assert [line for line in lines(write("own.txt", cut))[1] if "CUT by MAX_EVAL_SECONDS" in line]
+    assert [line for line in run_report(write("own.txt", cut))[1] if "CUT by MAX_EVAL_SECONDS" in line]
 
 
-def test_two_logs_of_one_run_and_one_without_its_score_are_named(write, lines):
+def test_two_logs_of_one_run_and_one_without_its_score_are_named(write, run_report):
     a, b = write("a.json", record()), write("b.json", record())
-    out = lines(a, b)[1]
+    out = run_report(a, b)[1]
     assert "! seed 7 stands in 2 logs: one of them counts" in out and "! RUN_ID=a stands in 2 logs" in out
     unfinished = first(2).partition("DIAGNOSTIC")[0]
-    out = lines(write("c.log", first(1)), write("d.log", unfinished))[1]
+    out = run_report(write("c.log", first(1)), write("d.log", unfinished))[1]
     assert "! d.log: no score" in out and [line for line in out if line.startswith("!   scores: ")]
 
 
@@ -228,7 +216,7 @@ def test_two_logs_of_one_run_and_one_without_its_score_are_named(write, lines):
         ("a.log", "", "no step and no score"),
     ],
 )
-def test_what_is_no_log_costs_one_line(write, lines, tmp_path, name, text, words):
-    status, _, errors = lines(write(name, text))
+def test_what_is_no_log_costs_one_line(write, run_report, tmp_path, name, text, words):
+    status, _, errors = run_report(write(name, text))
     assert status == 2 and len(errors) == 1 and words in errors[0] and errors[0].startswith(f"error: {tmp_path}/{name}")
-    assert lines(tmp_path / "none.log")[0] == 2
+    assert run_report(tmp_path / "none.log")[0] == 2

@@ -105,7 +105,7 @@ def run_part(part: Part, env: dict[str, str], out: Path, limit: float) -> tuple[
     said = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()] or ["nothing"]
     figures = [line for line in said if re.fullmatch(part.figure, line)]
     passed = "LATE" if status is None else "PASS" if status == 0 and figures else "FAIL"
-    other = [line for line in said if line.startswith("kernel_fallback:")] if part.name.startswith("step_") else []
+    other = [x for x in said for name, form in part.env.items() if x.startswith(f"kernel_fallback:{name}={form} ")]
     if other and status is not None:
         return "SKIP", time.monotonic() - began, other[-1]
     return passed, time.monotonic() - began, (figures or said)[-1].strip()
@@ -139,6 +139,8 @@ def check(args) -> int:
         if was not in ("PASS", "SKIP") or made_by != identity:
             if part.name in results:
                 forget(part, results, out)
+            results[part.name] = ["BEGUN", 0.0, "", identity]  # what is killed here leaves files behind
+            train_gpt.write_atomically(kept, json.dumps(results).encode())
             results[part.name] = [*run_part(part, env, out, args.limit), identity]
             train_gpt.write_atomically(kept, json.dumps(results).encode())
         passed, seconds, figure, _ = results[part.name]

@@ -7,9 +7,9 @@
     python tools/report.py --record FOLDER logs/a_*.json --audit logs/audit_*.json   # makes a competition record
     python tools/report.py --check FOLDER                                            # is somebody's record sound?
 
-It reads this project's records and logs and both formats of the published ones. Runs of different settings are never
-averaged: each configuration has its own rows, and what differs is printed. Whatever a row does not show, or is over a
-limit, stands under the table.
+It reads this project's records and logs and both formats of the published ones. Runs that state different settings are
+not averaged: each configuration has its own rows, and what differs is printed. A limit that is exceeded, a partial
+stream, a log that ends too early and a seed that stands there twice are named under the table.
 """
 
 from __future__ import annotations
@@ -66,7 +66,6 @@ class Report:
     stages: dict[str, Stage] = field(default_factory=dict)  # in order; the last one is the run's score
     code_bytes: int | None = None
     total_bytes: int | None = None
-    parts: dict[str, int] = field(default_factory=dict)
     val_tokens: int | None = None
     data: str | None = None  # the folder of the shards
     on_cpu: bool = False  # where no limit of time holds
@@ -205,8 +204,6 @@ def read_line(found: Report, line: str) -> None:
         found.problems += [fits[3]] if re.search("PARTIAL|CUT|OVER", fits[3]) else []
     elif line.startswith("hardware: "):
         found.on_cpu = " on CPU" in line
-    elif line.startswith("artifact parts: "):
-        found.parts = {part: int(size) for part, size in (x.split(":") for x in line.split()[2:])}
     elif (fits := STAGE.fullmatch(line)) and not re.match(r"(step:)?\d+/\d+", line):
         before = found.stages.pop(fits[1], None)  # the exact line comes second, without the time
         seconds = int(fits[5]) / 1000 if fits[5] else before.seconds if before else None
@@ -222,7 +219,7 @@ def read_record(path: Path) -> Report:
     record = json.loads(path.read_text())
     config, artifact, train = record["config"], record["artifact"], record["train"] or {}
     settings = {name.upper(): show(value) for name, value in config.items()}
-    found = Report(path, settings, record["seed"], parts=artifact["part_bytes"])
+    found = Report(path, settings, record["seed"])
     found.code_bytes, found.total_bytes = artifact["code_bytes"], artifact["total_bytes"]
     found.steps, found.step_ms = train.get("steps"), train.get("step_avg_ms")
     seconds = train.get("seconds")
