@@ -227,9 +227,9 @@ def test_text_comes_back_from_its_bits_on_the_gpu(tiny_config, mixer):
     c = tiny_config(**WIDE | dict(kernels=()), ttt_chunk_tokens=128, val_tokens=400, device="cuda", mixer=mixer)
     c, tokenizer = dataclasses.replace(c, torch_compile=False), train_gpt.Tokenizer(c)
     tokens = train_gpt.Stream(c, DEVICE, tokenizer).tokens.to(DEVICE)
-    model, net = model_on_gpu(c), random_net(c).to(DEVICE)
     runs.be_deterministic()
     try:
+        model, net = model_on_gpu(c), random_net(c).to(DEVICE)
         predictors = [train_gpt.make_predictor("mixed", model, net, c, on_gpu(), tokenizer) for _ in range(2)]
         data = codec.encode(predictors[0], tokens.clone(), c.ttt_chunk_tokens)
         found = codec.decode(predictors[1], data, c.bos_id, c.ttt_chunk_tokens)
