@@ -1336,11 +1336,15 @@ def crown_q_penalty(matrices: list[Tensor], bits: int) -> Tensor:
 def late_qat(model: GPT, log2_step: float, c: Config):
     """Run with every quantized parameter rounded to its nearest code; the compiled graph does not change."""
     # Applied to the float weights, a gradient taken here is the straight-through estimator (Bengio et al. 2013).
-    params, rounded = list(quantized_parameters(model).values()), []
-    for p in params:
-        grid = int6_grid(p.detach(), p.role, None, log2_step, c)
-        rounded.append(grid.nearest(p.detach()) * grid.steps())
-    with weights_replaced(params, rounded):
+    kinds, rounded = defaultdict(list), []
+    for p in quantized_parameters(model).values():
+        kinds[p.role, p.shape[1]].append(p)
+    for (role, _), ps in kinds.items():  # all rows of a kind at once: on a GPU, launches take the time
+        w = torch.cat([p.detach() for p in ps])
+        grid = int6_grid(w, role, None, log2_step, c)
+        steps = grid.steps()
+        rounded += (grid.nearest(w, steps) * steps).split([len(p) for p in ps])
+    with weights_replaced(sum(kinds.values(), []), rounded):
         yield
 
 
@@ -1471,9 +1475,13 @@ class Grid:
 
     def steps(self) -> Tensor:
         """Return the distance between the weights of adjacent codes, float32 [rows, cols]."""
-        # Python's powers: those of another device might differ in the last bit.
-        powers = torch.tensor([2.0 ** (k / 2) for k in range(self.MAX_EXPONENT + 1)], device=self.scale.device)
-        return self.scale.float().unsqueeze(1) / powers[self.exponents().long()]
+        return self.scale.float().unsqueeze(1) / self.powers(self.scale.device)[self.exponents().long()]
+
+    @staticmethod
+    @functools.cache  # to send them to a GPU makes the host wait for it
+    def powers(device: torch.device) -> Tensor:
+        """Return 2^(k / 2) for each exponent, by Python: another device's might differ in the last bit."""
+        return torch.tensor([2.0 ** (k / 2) for k in range(Grid.MAX_EXPONENT + 1)], device=device)
 
     def nearest(self, w: Tensor, steps: Tensor | None = None) -> Tensor:
         """Return the code nearest to each weight, as float32."""

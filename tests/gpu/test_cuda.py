@@ -126,7 +126,7 @@ def test_the_compiled_step_follows_the_one_in_float32(tiny_config, fused):
 
 
 def test_a_step_does_not_wait_for_the_device(tiny_config):
-    """Forward, backward, CROWN-Q, optimizers and averages are only queued."""
+    """Late QAT, forward, backward, CROWN-Q, optimizers and averages are only queued."""
     c = tiny_config(**WIDE, device="cuda")
     dist, model = on_gpu(), model_on_gpu(c)
     called, optimizers = train_gpt.compiled(model, c, DEVICE), Optimizers(model, c, dist)
@@ -135,7 +135,8 @@ def test_a_step_does_not_wait_for_the_device(tiny_config):
     for mode in ("default", "error"):  # the first step compiles and allocates
         torch.cuda.set_sync_debug_mode(mode)
         try:
-            train_gpt.accumulate_gradients(called, batch, None, c)
+            with train_gpt.late_qat(model, -2.0, c):
+                train_gpt.accumulate_gradients(called, batch, None, c)
             train_gpt.crown_q_penalty(matrices, c.quant_bits).backward()
             optimizers.step(train_gpt.Schedule(1.0, 0.9))
             averages.update(0, True)
