@@ -534,7 +534,7 @@ def write_dataset(folder: Path, name: str, corpus: Corpus, model: bytes, shard_t
     counts = {f"{split}_{unit}": getattr(writers[split], unit) for unit in UNITS for split in SPLITS}
     counts |= dict(shared_documents=0, dropped_documents=len(shared))
     for split in SPLITS:
-        if not writers[split].bytes:
+        if getattr(corpus, split) and not writers[split].bytes:
             raise PrepareError(f"the tokenizer leaves no byte of the {split} text; allowed is one or more")
     write_manifest(folder, name, model, counts, corpus.sources)
 
@@ -571,6 +571,8 @@ def make_text(args: argparse.Namespace) -> None:
     out = args.out.resolve()
     with new_folder(out) as folder:
         train = TextFiles(args.train, "train")
+        if not (args.train or args.tokenizer):
+            raise PrepareError("--train: no file; allowed is none with --tokenizer, for text that is only scored")
         if args.tokenizer:
             model = args.tokenizer.read_bytes()
             load_tokenizer(model, args.tokenizer)
@@ -579,7 +581,8 @@ def make_text(args: argparse.Namespace) -> None:
             model = train_tokenizer(first_bytes(train, args.tokenizer_bytes), args.train_tokenizer)
         names = [path.name for path in (*args.train, *args.val)]
         part_chars = PART_CHARS if splits_at_spaces(model) else sys.maxsize
-        splits = (TextFiles(paths, label, part_chars) for paths, label in ((args.train, "train"), (args.val, "val")))
+        splits = ((args.train, "train"), (args.val, "val"))
+        splits = (TextFiles(paths, label, part_chars) if paths else [] for paths, label in splits)
         corpus = Corpus(*splits, names, not args.tokenizer, args.drop_shared)
         write_dataset(folder, out.name, corpus, model, args.shard_tokens)
 
@@ -762,7 +765,8 @@ def build_parser() -> Parser:
 
     files = commands.add_parser("text", help="a data set from .txt, .jsonl (also .xz, .gz, .zst) and .parquet files")
     files.set_defaults(run=make_text)
-    files.add_argument("--train", type=text, nargs="+", required=True, metavar="FILE", help="training documents")
+    files.add_argument("--train", type=text, nargs="+", default=[], metavar="FILE",
+                       help="training documents; none, with --tokenizer, for text that is only scored")  # fmt: skip
     files.add_argument("--val", type=text, nargs="+", required=True, metavar="FILE", help="validation documents")
     tokenizer = files.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--tokenizer", type=file_path(), metavar="MODEL", help="SentencePiece model to encode with")

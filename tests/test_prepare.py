@@ -412,6 +412,15 @@ def test_bad_options_are_one_line(corpus, model, tmp_path, capsys):
     assert_refused(capsys, prepare.main(["sample", "--max-bytes", "1000"]), "--max-bytes", "1000", "300000")
 
 
+def test_text_that_is_only_scored_needs_no_training_text(corpus, model, capsys):
+    arguments = ["text", "--val", str(corpus.val), "--out", str(corpus.out)]
+    assert_refused(capsys, prepare.main([*arguments, "--train-tokenizer", "400"]), "--train", "only scored")
+    assert prepare.main([*arguments, "--tokenizer", str(model)]) == 0
+    assert documents_of(corpus.out, "val") == VAL_DOCUMENTS
+    assert not list(corpus.out.glob("*_train_*"))
+    assert json.loads((corpus.out / "manifest.json").read_text())["train_tokens"] == 0
+
+
 def test_a_text_without_spaces_trains_a_tokenizer(corpus, tmp_path):
     letters, rng = list("漢字仮名交じり文の例です日本語東西南北"), np.random.default_rng(0)
     documents = ["".join(rng.choice(letters, 90)) for _ in range(40)]
