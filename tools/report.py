@@ -4,6 +4,7 @@
     python tools/report.py logs/a_*.json --baseline logs/b_*.json                    # Welch's test against other runs
     python tools/report.py logs/a_*.json --baseline-loss 1.8919 0.0010 3             # mean, deviation and number
     python tools/report.py train_seed*.log --markdown                                # or --csv; any log of the family
+    python tools/report.py logs/a_*.json --plots DIR                                 # training, stages, stream, bytes
     python tools/report.py --record FOLDER logs/a_*.json --audit logs/audit_*.json   # makes a competition record
     python tools/report.py --check FOLDER                                            # is somebody's record sound?
 
@@ -416,6 +417,7 @@ def main() -> int:
     add("--record", type=Path, metavar="FOLDER", help="make a record folder of runs of this script, by their JSON")
     add("--audit", nargs="+", type=Path, default=[], metavar="JSON", help="what audit.py --report wrote, with --record")
     add("--check", type=Path, metavar="FOLDER", help="check a record folder: logs, headline, seeds, sizes, limits")
+    add("--plots", type=Path, metavar="DIR", help="draw the runs: PNG and SVG")
     shown = parser.add_mutually_exclusive_group()
     for form in (as_markdown, as_csv):
         name = f"--{form.__name__.removeprefix('as_')}"
@@ -447,6 +449,10 @@ def main() -> int:
             elif against and (losses := [report.final.val_loss for report in group if report.final]):
                 print("\n".join(verdict(sample(losses), against)))
             print()
+        if args.plots:
+            import plots  # matplotlib takes a second to start
+
+            print("\n".join(map(str, plots.write_plots(args.plots, groups))))
         if len(groups) > 1:
             print(f"! {len(groups)} configurations, which are not averaged. They differ in")
             print("\n".join(f"!   {line}" for line in differences(groups)))
