@@ -148,6 +148,8 @@ class Config:
     warmdown_iters: int = setting(3500, 0)
     train_log_every: int = setting(500, 1)
     val_loss_every: int = setting(0, 0)  # 0 = not during training
+    checkpoint_every: int = setting(0, 0)  # steps; LOG_DIR/RUN_ID.<rank>.checkpoint; 0 = none
+    resume: str = setting("")  # LOG_DIR/RUN_ID of a run that left checkpoints, to go on from the last one
     complement_alpha: float = setting(0.5, 0.0, 1.0)  # of the loss weights 1 - alpha * p_bigram; 0 = none
     complement_tokens: int = setting(16_000_000, 1)  # training tokens from which its bigrams are counted
     crown_q_lambda: float = setting(0.1, 0.0)  # of the penalty on what rounding may cost, in the warmdown; 0 = none
@@ -256,6 +258,7 @@ class Config:
             yield name, getattr(c, name), "one value or more"
         ascending = list(c.ngram_orders) == sorted(c.ngram_orders) and needed <= set(c.ngram_orders)
         yield "ngram_orders", ascending, f"rising numbers, {show(sorted(needed))} among them"
+        yield "resume", trains or not c.resume, "none with PHASE=eval"
         yield "run_id", c.run_id == os.path.basename(c.run_id), "a plain file name"
         yield "artifact_path", trains or c.artifact_path, "the file that PHASE=eval scores"
 
@@ -1389,6 +1392,9 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
     weights, matrices = complement_weights(loader, c), list(by_role(model, "matrix").values())
     budget = max(0.0, c.max_wallclock_seconds - c.reserve_seconds)
     step, total, elapsed, log2_step, was = 0, c.iterations, 0.0, 0.0, Schedule(0.0, 0.0)
+    if c.resume:
+        step, log2_step, elapsed = load_checkpoint(model, optimizers, averages, c, dist)
+        clock.started, was = time.perf_counter() - elapsed, schedule(step - 1, total, c)
     while step < total:
         now = schedule(step, total, c)
         for part in ("swa", "crown_q"):
@@ -1404,6 +1410,8 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
         optimizers.step(now)
         averages.update(step, now.swa)
         step, was = step + 1, now
+        if c.checkpoint_every and step % c.checkpoint_every == 0:
+            save_checkpoint((step, log2_step, clock.seconds()), model, optimizers, averages, c, dist)
         # The ranks agree on the clock every tenth step, and on every step near the end; between, the host runs ahead.
         if budget and (step <= 10 or step % 10 == 0 or total - step < 20):
             before, elapsed = elapsed, clock.seconds()
@@ -1426,6 +1434,34 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
     record = dict(steps=step, tokens=step * c.batch_tokens, skipped_steps=int(optimizers.skipped))
     log.info(f"skipped_steps:{record['skipped_steps']}")
     return averages, clock, dict(record, step_avg_ms=round(1000 * elapsed / step, 3), seconds=elapsed)
+
+
+def save_checkpoint(
+    position: tuple, model: GPT, optimizers: Optimizers, averages: WeightAverages, c: Config, dist: Dist
+):
+    """Write this rank's part of all that training goes on from; position: (step, log2_step, seconds)."""
+    state = dict(position=position, world_size=dist.world_size, weights=model.state_dict())
+    state |= dict(muon=optimizers.muon.state_dict(), adam=optimizers.adam.state_dict(), skipped=optimizers.skipped)
+    state |= {name: getattr(averages, name) for name in ("ema", "swa", "swa_count")}
+    torch.save(state, buffer := io.BytesIO())
+    write_atomically(Path(f"{c.log_dir}/{c.run_id}.{dist.rank}.checkpoint"), buffer.getvalue())
+
+
+def load_checkpoint(model: GPT, optimizers: Optimizers, averages: WeightAverages, c: Config, dist: Dist) -> tuple:
+    """Put in what save_checkpoint wrote. Return its position. Raise InputError where it is of another run."""
+    path = f"{c.resume}.{dist.rank}.checkpoint"
+    with refusing(f"RESUME={c.resume}: {path} is no checkpoint of such a model"):
+        state = torch.load(path, dist.device, weights_only=True)
+        found = f"step {state['position'][0]} of {state['world_size']} ranks"
+        model.load_state_dict(state["weights"])
+        for part in ("muon", "adam"):
+            getattr(optimizers, part).load_state_dict(state[part])
+        optimizers.skipped.copy_(state["skipped"])
+        for name in ("ema", "swa", "swa_count"):
+            setattr(averages, name, state[name])
+        if state["world_size"] != dist.world_size or dist.max(state["position"][0]) > state["position"][0]:
+            raise InputError(f"RESUME={c.resume}: {path} is of {found}; allowed is one step of {dist.world_size} ranks")
+    return state["position"]
 
 
 def log_step(step: int, losses: str, elapsed: float, c: Config) -> None:
@@ -2707,22 +2743,33 @@ def execute(c: Config, env: dict[str, str], dist: Dist) -> None:
 
 
 def main() -> int:
-    """Run under torchrun or alone. Return 2, after one line on standard error, for input that cannot be used."""
+    """Run under torchrun or alone. Return 2, or 128 + a signal's number, after one line on standard error."""
     env = dict(os.environ)
     try:
         config = Config.from_env(env)
         dist = open_dist(config)
         execute(config, env, dist)
     except (InputError, OSError, KeyboardInterrupt) as error:
-        if env.get("RANK", "0") != "0":
+        number = error.args[0] if isinstance(error, KeyboardInterrupt) and error.args else 0
+        reason = f"interrupted by {signal.Signals(number).name}" if number else str(error) or "interrupted"
+        if number:
+            log.info(reason)
+        elif env.get("RANK", "0") != "0":
             time.sleep(5)  # if the main rank met it too, torchrun ends this one before it says the same again
-        print(f"error: {str(error) or 'interrupted'}", file=sys.stderr, flush=True)
-        return 2  # without waiting for the other ranks, which may be in a collective that never ends
+        print(f"error: {reason}", file=sys.stderr, flush=True)
+        # Without waiting for the other ranks, which may be in a collective that never ends.
+        return 128 + number if number else 2
     dist.close()
     return 0
 
 
+def interrupt(number: int, _) -> None:
+    raise KeyboardInterrupt(number)
+
+
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
     status = main()
     with suppress(OSError):
         sys.stdout.flush()

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -783,3 +784,62 @@ def test_no_graph_is_compiled_once_a_clock_runs(run, monkeypatch):
     assert graphs.pop("choose_kernels") == 1
     # The step; held-out losses, whose last micro batch is shorter here; windows that score all or a stride; adaptation.
     assert graphs == dict(warm_up=1, compile_ahead=2 + 2 + 1)
+
+
+# --- stop and go on ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def unbroken(run):
+    """An uninterrupted training that leaves a checkpoint after step 5 and, later, 10."""
+    return finished(run("unbroken", phase="train", checkpoint_every=5))
+
+
+@pytest.mark.parametrize("every", [5, 7, 11], ids=["before the warmdown's end", "in SWA", "in late QAT"])
+def test_a_run_that_goes_on_ends_as_one_that_never_stopped(run, unbroken, folder, every):
+    """With the same bytes, from a checkpoint after each kind of step."""
+    finished(run(f"until{every}", phase="train", checkpoint_every=every))
+    resumed = finished(run(f"from{every}", phase="train", resume=str(folder / f"until{every}")))
+    assert resumed.artifact.read_bytes() == unbroken.artifact.read_bytes()
+    assert not any(line.startswith("step:1/") for line in resumed.lines)
+    assert resumed.record["train"]["steps"] == unbroken.record["train"]["steps"]
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_together_and_not_as_one(start, run, folder):
+    settings = dict(phase="train", checkpoint_every=7)
+    whole = finished(start("pair", 2, **settings))
+    resumed = finished(start("pair2", 2, phase="train", resume=str(folder / "pair")))
+    assert resumed.artifact.read_bytes() == whole.artifact.read_bytes()
+    assert_refused(run("alone", phase="train", resume=str(folder / "pair")), "step 7 of 2 ranks", "of 1 ranks")
+
+
+def test_what_is_no_checkpoint_of_such_a_model_is_refused(run, unbroken, folder):
+    assert_refused(run("r1", resume=str(folder / "nowhere")), "RESUME=", "nowhere.0.checkpoint", "is no checkpoint")
+    assert_refused(run("r2", resume=str(folder / "unbroken"), model_dim=64), "is no checkpoint of such a model")
+    (folder / "text.0.checkpoint").write_text("nothing")
+    assert_refused(run("r3", resume=str(folder / "text")), "text.0.checkpoint is no checkpoint")
+    scored = run("r4", phase="eval", artifact_path=str(unbroken.artifact), resume=str(folder / "unbroken"))
+    assert_refused(scored, "RESUME=", "none with PHASE=eval")
+
+
+@pytest.mark.parametrize(
+    "line, number, long",
+    [
+        ("warmup_step:1/", "SIGTERM", dict(warmup_steps=10**6)),
+        ("step:2/", "SIGTERM", dict(iterations=10**6)),
+        ("step:2/", "SIGINT", dict(iterations=10**6)),
+        ("averages:", "SIGTERM", dict(gptq_tokens=10**6)),
+        ("final_int6_sliding_window", "SIGTERM", dict(ttt_epochs=1000)),
+    ],
+    ids=["warm-up", "training", "training, by hand", "export", "scoring"],
+)
+def test_a_signal_ends_a_run_within_seconds(settings, folder, line, number, long, request):
+    run_id = f"signal{request.node.callspec.id}".replace(" ", "_")
+    command, env = [sys.executable, str(SCRIPT)], settings(run_id, **long)
+    with subprocess.Popen(command, env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
+        assert any(text.startswith(line) for text in p.stdout)
+        p.send_signal(signal.Signals[number])
+        _, stderr = p.communicate(timeout=30)
+    assert p.returncode == 128 + signal.Signals[number] and stderr == f"error: interrupted by {number}\n"
+    assert (folder / f"{run_id}.txt").read_text().endswith(f"interrupted by {number}\n")

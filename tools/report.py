@@ -39,7 +39,18 @@ LIMIT_SECONDS = 600.0
 RECORD_NATS, RECORD_P, FINAL_P = 0.005, 0.01, 0.25
 # Settings that name files, machines or the run, or of which each seed has its own.
 PER_RUN = {"seed", "run_id", "artifact_path", "scores_path", "log_dir", "logfile", "model_path", "quantized_model_path"}
-PER_RUN |= {"artifact_dir", "rank", "local_rank", "is_main_process", "datasets_dir", "data_dir", "data_path", "phase"}
+PER_RUN |= {
+    "resume",
+    "checkpoint_every",
+    "artifact_dir",
+    "rank",
+    "local_rank",
+    "is_main_process",
+    "datasets_dir",
+    "data_dir",
+    "data_path",
+    "phase",
+}
 
 
 @dataclass
