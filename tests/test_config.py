@@ -340,7 +340,7 @@ def test_an_unknown_preset_is_refused_with_those_that_exist(presets, names):
 
 
 def test_the_presets_are_the_sizes_and_the_systems():
-    assert {path.stem for path in CONFIGS.glob("*.env")} == {*SIZES, *SYSTEMS}
+    assert {path.stem for path in CONFIGS.glob("*.env")} >= {*SIZES, *SYSTEMS}  # and the best of a sweep
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ import sweep
 from train_gpt import InputError
 
 # In place of train_gpt.py: the score follows the settings, TTT_EPOCHS=9 crashes, TTT_EPOCHS=8 takes a minute.
-SCRIPT = """
+SCRIPT = r"""
 import json, os, sys, time
 e = os.environ
 lr, epochs, seed = float(e.get("MATRIX_LR", 0.02)), int(e.get("TTT_EPOCHS", 1)), int(e.get("SEED", 1))
 time.sleep(float(e.get("PAUSE", 0)))
+sys.stdout.buffer.write(b"\xff no UTF-8\n")
 if epochs == 9:
     sys.exit("no memory for nine epochs")
 for step in (10, 20):
@@ -92,10 +93,11 @@ def test_a_sweep_that_is_killed_goes_on(make_spec, tmp_path, how):
     time.sleep(0.3)  # in the middle of the next two
     process.send_signal(how)
     assert process.wait(20) == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}[how]
-    done = runs.read_text().count("\n")
-    assert done < 4
-    assert run(path) == [f"0.02 1 {seed}" for seed in (1, 2, 3, 4)]
-    assert runs.read_text().count("\n") == 4  # none of the orphans went on
+    assert len(list(runs.parent.glob("*.json"))) < 4
+    run(path)
+    complete = study(path).get_trials(states=[optuna.trial.TrialState.COMPLETE])
+    assert sorted(trial.params["SEED"] for trial in complete) == [1, 2, 3, 4]
+    assert len(list(runs.parent.glob("*.json"))) == 4  # none of the orphans went on
 
 
 def test_a_crash_is_recorded_with_its_last_line_and_not_repeated(make_spec, capsys):
@@ -121,9 +123,9 @@ def test_the_best_settings_become_a_preset(make_spec, tmp_path):
     path = make_spec("MATRIX_LR = [0.02, 0.01]\nSEED = [1, 2]")
     path.write_text(path.read_text() + '[env]\nPRESET = "smoke"\nITERATIONS = 5\n')
     run(path)
-    assert sweep.write_best(sweep.read_spec(path)).splitlines()[1].startswith("PRESET=smoke,s ")
+    assert sweep.write_best(sweep.read_spec(path)).splitlines()[-1].startswith("PRESET=smoke,s ")
     lines = (tmp_path / "configs" / "s.env").read_text().splitlines()
-    assert "2.01150000 over 2 run(s)" in lines[0] and lines[1:] == ["ITERATIONS=5", "MATRIX_LR=0.01"]
+    assert "2.01150000, 2 run(s)" in lines[0] and lines[1:] == ["ITERATIONS=5", "MATRIX_LR=0.01"]
     with pytest.raises(InputError, match="exists and would be overwritten"):
         sweep.write_best(sweep.read_spec(path))
 
@@ -132,14 +134,21 @@ def test_the_best_settings_become_a_preset(make_spec, tmp_path):
     "search, given, message",
     [
         ("MATRIX_LR = [-1.0]", {}, "MATRIX_LR=-1.0 is out of range"),
-        ("MATRIX_RATE = [1.0]", {}, "unknown setting MATRIX_RATE"),
+        ("MATRIX_RATE = [1.0]", {}, "MATRIX_RATE.*allowed is settings of train_gpt.py"),
         ("MATRIX_LR = {low = 0.1}", dict(sampler="tpe", trials=1), "allowed is a list of choices, or low and high"),
         ("MATRIX_LR = {low = 0.1, high = 0.2}", {}, "lists of choices with sampler=grid"),
         ("SEED = [1]", dict(sampler="best"), "sampler=best: allowed is one of grid, random, tpe"),
         ("SEED = [1]", dict(sampler="tpe"), "trials=0: allowed is 1 or more"),
         ("SEED = [1]", dict(colour="red"), "colour: allowed are name, search"),
         ("SEED = [1]", dict(name="a/b"), "name=a/b: allowed is letters"),
-        ("SEED = [1]", dict(storage="nowhere://"), "allowed is one that Optuna opens"),
+        ("SEED = [1]", dict(storage="nowhere://"), "storage=nowhere:: allowed is a database"),
+        ("SEED = [1, 1]", {}, "choices, each once"),
+        ("SEED = []", {}, "choices, each once"),
+        ("NUM_HEADS = [7]", {}, "NUM_HEADS=7: allowed is a divisor"),
+        ("SEED = [1]", dict(slots="nice"), "slots='nice': allowed is a list"),
+        ("SEED = [1]", dict(command="no_such_program x"), "allowed is programs that are there"),
+        ("SEED = [1]", dict(seconds=0), "seconds=0: allowed is a number above 0"),
+        ("PHASE = ['train']", {}, "env=.*allowed is all but"),
         ("SEED = [", {}, "allowed is a TOML file"),
     ],
 )
@@ -150,7 +159,36 @@ def test_a_bad_file_is_refused_before_anything_runs(make_spec, tmp_path, search,
     assert not list(tmp_path.glob("logs/sweeps/*/*.json"))
 
 
+def test_seeds_that_are_close_are_still_apart(make_spec):
+    assert len(run(make_spec("SEED = [20250101, 20250102, 20250103]"))) == 3
+
+
+def test_two_sweeps_share_a_study(make_spec, tmp_path):
+    """As two machines with one database would, the second one started a little later."""
+    path = make_spec("SEED = [1, 2, 3, 4, 5, 6]")
+    sweep.prepare(sweep.load_study(spec := sweep.read_spec(path)), spec)
+    code = f"import sweep; sweep.ROOT = sweep.Path({str(tmp_path)!r}); raise SystemExit(sweep.main())"
+    env = os.environ | dict(PYTHONPATH=os.pathsep.join(sys.path))
+    both = [subprocess.Popen([sys.executable, "-c", code, str(path)], env=env) for _ in range(2)]
+    assert [process.wait(120) for process in both] == [0, 0]
+    assert run(path) == [f"0.02 1 {seed}" for seed in range(1, 7)]
+
+
+def test_only_settings_with_all_seeds_are_compared(make_spec):
+    path = make_spec("TTT_EPOCHS = [1, 9]\nSEED = [1, 2]")
+    run(path)
+    assert "The best of 1 settings" in sweep.write_best(sweep.read_spec(path))
+
+
+def test_records_of_another_study_are_not_taken_for_its_own(make_spec, tmp_path):
+    folder = tmp_path / "logs" / "sweeps" / "s"
+    folder.mkdir(parents=True)
+    (folder / "s_0000.json").write_text('{"val_bpb": 0.5}')
+    with pytest.raises(InputError, match="has records of another study"):
+        run(make_spec("SEED = [1]"))
+
+
 def test_another_search_under_the_same_name_is_refused(make_spec):
     run(make_spec("SEED = [1]"))
-    with pytest.raises(InputError, match="other .env. or .search."):
+    with pytest.raises(InputError, match="other .env., .search. or command"):
         run(make_spec("SEED = [2]"))

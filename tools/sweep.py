@@ -4,21 +4,29 @@
     python tools/sweep.py SPEC.toml --best               # the best settings to configs/NAME.env
     python tools/report.py logs/sweeps/NAME/*.json       # a row a trial, a mean a configuration
 
-A sweep is a TOML file:
+A sweep is a TOML file. This is a grid, all combinations of some choices:
 
     name = "penalty"               # of the study, of its folder under logs/sweeps/ and of its runs
-    sampler = "grid"               # all combinations; "random" and "tpe" take trials = N
+    [env]                          # the same in every trial
+    PRESET = "smoke"
+    [search]
+    SEED = [1337, 42]
+    CROWN_Q_LAMBDA = [0.0, 0.1]
+
+This one draws its trials, and may use all that there is:
+
+    name = "rates"
+    sampler = "tpe"                # or "random"
+    trials = 40
     seconds = 3600                 # of a trial [no limit]
     prune = true                   # end a trial that is worse than the median at a VAL_LOSS_EVERY [false]
     slots = ["taskset -c 0", "env CUDA_VISIBLE_DEVICES=1"]  # prefixes of what runs side by side [one, without]
-    storage = "postgresql://..."   # any of Optuna's; machines that name one share the trials [SQLite in the folder]
     command = "torchrun --standalone --nproc_per_node=8 train_gpt.py"  # [this Python, train_gpt.py]
-
-    [env]                          # the same in every trial
-    PRESET = "smoke"
-
+    storage = "postgresql://..."   # a database [SQLite in the folder]; machines that share one need the same checkout
+                                   # and data. Start one of them first. Each keeps the logs of its own trials.
+    [env]
+    VAL_LOSS_EVERY = 1000
     [search]
-    SEED = [1337, 42]              # choices, or a range; in a grid choices only
     MATRIX_LR = {low = 0.01, high = 0.05, log = true}
     TTT_EPOCHS = {low = 1, high = 4}
 """
@@ -27,12 +35,14 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import fcntl
 import itertools
 import json
 import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import statistics
@@ -42,20 +52,32 @@ import threading
 import tomllib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_gpt import Config, InputError, refusing, show, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLERS = {"grid": optuna.samplers.RandomSampler, "random": optuna.samplers.RandomSampler}
-SAMPLERS |= {"tpe": optuna.samplers.TPESampler}
+SETTINGS = {f.name.upper() for f in fields(Config)}
+OURS = {
+    "RUN_ID",
+    "LOG_DIR",
+    "ARTIFACT_PATH",
+    "SCORES_PATH",
+    "PHASE",
+    "RESUME",
+}  # of a trial: the sweep sets or needs them
+TYPES = dict(name=str, search=dict, env=dict, sampler=str, trials=int, prune=bool, slots=list, storage=str, command=str)
 VALIDATION = re.compile(r"step:(\d+)/\d+ val_loss:\S+ val_bpb:(\S+)")
+STOPS = {sign * number + base for number in (signal.SIGINT, signal.SIGTERM) for sign, base in ((-1, 0), (1, 128))}
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: not between fork and exec
 
 
 @dataclass(frozen=True)
@@ -67,21 +89,31 @@ class Spec:
     env: dict = field(default_factory=dict)
     sampler: str = "grid"
     trials: int = 0
-    seconds: float | None = None
+    seconds: float = math.inf
     prune: bool = False
     slots: list = field(default_factory=lambda: [""])
     storage: str = ""
     command: str = shlex.join([sys.executable, "train_gpt.py"])
 
     def __post_init__(self):
-        lists = all(isinstance(values, list) for values in self.search.values())
+        for name, kind in TYPES.items():
+            if not isinstance(value := getattr(self, name), kind):
+                raise InputError(f"{name}={value!r}: allowed is a {kind.__name__}")
+        is_grid, choices = self.sampler == "grid", [x for x in self.search.values() if isinstance(x, list)]
+        programs = [shlex.split(f"{slot} {self.command}")[0] for slot in self.slots if isinstance(slot, str)]
+        given = self.search.keys() | self.env.keys()
         for name, kept, allowed in (
             ("name", re.fullmatch(r"[\w-]+", self.name), "letters, digits, - and _"),
-            ("sampler", self.sampler in SAMPLERS, "one of " + ", ".join(SAMPLERS)),
+            ("sampler", self.sampler in ("grid", "random", "tpe"), "one of grid, random, tpe"),
+            ("seconds", isinstance(self.seconds, int | float) and self.seconds > 0, "a number above 0"),
             ("search", self.search, "one setting or more"),
-            ("search", lists or self.sampler != "grid", "lists of choices with sampler=grid"),
-            ("trials", self.trials > 0 or self.sampler == "grid", "1 or more"),
-            ("slots", self.slots, "one or more"),
+            ("search", len(choices) == len(self.search) or not is_grid, "lists of choices with sampler=grid"),
+            ("search", all(len(x) == len({show(y) for y in x}) > 0 for x in choices), "choices, each once"),
+            ("search", self.search.keys() <= SETTINGS, "settings of train_gpt.py"),
+            ("env", not given & OURS, "all but " + ", ".join(sorted(OURS))),
+            ("trials", self.trials > 0 or is_grid, "1 or more"),
+            ("slots", self.slots and len(programs) == len(self.slots), "one text or more"),
+            ("command", all(map(shutil.which, programs)), "programs that are there, also in slots"),
         ):
             if not kept:
                 raise InputError(f"{name}={getattr(self, name)}: allowed is {allowed}")
@@ -100,11 +132,12 @@ class Spec:
 
     def score(self, number: int) -> float | None:
         """Return the val_bpb of a trial's record; None where it has none."""
-        record = self.folder / f"{self.run_id(number)}.json"
-        try:
-            return json.loads(record.read_text())["val_bpb"]
-        except (OSError, ValueError, KeyError):
-            return None
+        with suppress(OSError, ValueError, KeyError):
+            return json.loads((self.folder / f"{self.run_id(number)}.json").read_text())["val_bpb"]
+
+    def combinations(self) -> list[dict]:
+        """Return the params of a grid's trials."""
+        return [dict(zip(self.search, values, strict=True)) for values in itertools.product(*self.search.values())]
 
     def distributions(self) -> dict:
         """Return Optuna's distribution of each setting."""
@@ -124,7 +157,7 @@ class Spec:
 
 
 def read_spec(path: Path) -> Spec:
-    """Return a sweep from its file, every choice checked as train_gpt.py will check it. Raise InputError."""
+    """Return a sweep from its file; each trial of a grid is checked as train_gpt.py will check it. Raise InputError."""
     with refusing(f"{path}: allowed is a TOML file with name and [search]"):
         given = tomllib.loads(path.read_text(encoding="utf-8"))
         if unknown := given.keys() - {f.name for f in fields(Spec)}:
@@ -132,163 +165,229 @@ def read_spec(path: Path) -> Spec:
                 f"{path}: {', '.join(sorted(unknown))}: allowed are {', '.join(f.name for f in fields(Spec))}"
             )
         spec = Spec(**given)
-    for name, distribution in spec.distributions().items():
-        ends = getattr(distribution, "choices", None) or (distribution.low, distribution.high)
-        for value in ends:
-            Config.from_env(spec.settings({name: value}))
+    spec.distributions()
+    for params in spec.combinations() if spec.sampler == "grid" else [{}]:
+        Config.from_env(spec.settings(params))
     return spec
 
 
-def open_study(spec: Spec) -> optuna.Study:
-    """Return the study, new or as it was left; what a sweep that was killed had begun waits again. Raise InputError."""
+def key(params: dict) -> tuple:
+    """Return what tells a trial's settings from others'."""
+    return tuple(sorted((name, show(value)) for name, value in params.items()))
+
+
+def own_params(trial: FrozenTrial) -> dict:
+    return trial.params or trial.user_attrs.get("given", {})
+
+
+def process_name(pid: int) -> str:
+    """Return host, number and start of a process, by which it is known again; "" if there is none."""
+    try:
+        started = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""
+    return f"{socket.gethostname()} {pid} {started}"
+
+
+def is_dead(trial: FrozenTrial) -> bool:
+    """Return whether the sweep that had begun a trial is gone from this machine."""
+    by = trial.user_attrs.get("by")
+    if by is None:  # asked for and not yet signed
+        return trial.datetime_start < datetime.now() - timedelta(minutes=1)
+    host, pid, _ = by.split()
+    return host == socket.gethostname() and process_name(int(pid)) != by
+
+
+def load_study(spec: Spec) -> optuna.Study:
+    """Return the study, new or as it was left. Raise InputError where it is of another sweep."""
     spec.folder.mkdir(parents=True, exist_ok=True)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    url = spec.storage or f"sqlite:///{spec.folder / 'study.db'}"
-    with refusing(f"storage={url}: allowed is one that Optuna opens"):
-        study = optuna.create_study(storage=url, study_name=spec.name, load_if_exists=True)
-    stated = dict(env=spec.settings({}), search=spec.search)
+    sampler = optuna.samplers.TPESampler() if spec.sampler == "tpe" else optuna.samplers.RandomSampler()
+    with refusing(f"storage={spec.storage.partition('//')[0]}: allowed is a database that can be opened"):
+        url = spec.storage or f"sqlite:///{spec.folder / 'study.db'}"
+        study = optuna.create_study(storage=url, study_name=spec.name, sampler=sampler, load_if_exists=True)
+    stated = dict(env=spec.settings({}), search=spec.search, command=spec.command)
     if study.user_attrs.get("stated", stated) != stated:
-        raise InputError(f"name={spec.name}: its study has other [env] or [search]; allowed is another name")
+        raise InputError(f"name={spec.name}: its study has other [env], [search] or command; allowed is another name")
+    if not study.trials and any(spec.folder.glob("*.json")):
+        raise InputError(f"name={spec.name}: {spec.folder} has records of another study; allowed is another name")
     study.set_user_attr("stated", stated)
-    study.sampler = SAMPLERS[spec.sampler](seed=len(study.trials))  # not what was drawn before
-    for trial in study.get_trials(states=[TrialState.RUNNING]):
-        host, pid = trial.user_attrs.get("by", [socket.gethostname(), 0])
-        if host == socket.gethostname() and not (pid and Path(f"/proc/{pid}").exists()):
-            value = spec.score(trial.number)
-            study.tell(trial.number, value, TrialState.FAIL if value is None else TrialState.COMPLETE)
-            if value is None:
-                study.enqueue_trial(trial.params)
-    if spec.sampler == "grid":
-        for values in itertools.product(*spec.search.values()):
-            study.enqueue_trial(dict(zip(spec.search, values, strict=True)), skip_if_exists=True)
     return study
+
+
+def prepare(study: optuna.Study, spec: Spec) -> None:
+    """Put in line what is missing: what a sweep that is gone had begun, and the combinations of a grid."""
+    trials = study.get_trials(deepcopy=False)
+    known = {key(own_params(t)) for t in trials if t.state != TrialState.FAIL or "said" in t.user_attrs}
+    for trial in trials:
+        if trial.state == TrialState.RUNNING and is_dead(trial):
+            value = spec.score(trial.number)
+            if value is None:
+                study.enqueue_trial(trial.params, dict(given=trial.params))
+                remove_empty(spec, trial.number)
+            study.tell(trial.number, value, TrialState.FAIL if value is None else TrialState.COMPLETE)
+        elif trial.state == TrialState.RUNNING:
+            print(f"! {spec.run_id(trial.number)} runs elsewhere: {trial.user_attrs.get('by', 'just begun')}")
+    for params in spec.combinations() if spec.sampler == "grid" else []:
+        if key(params) not in known:
+            study.enqueue_trial(params, dict(given=params))
+
+
+def remove_empty(spec: Spec, number: int) -> None:
+    """Remove the files that a run which was killed has only created."""
+    for path in spec.folder.glob(f"{spec.run_id(number)}.*"):
+        if not path.stat().st_size:
+            path.unlink()
 
 
 class Sweep:
     """The trials of a study, each a process, as many at a time as there are slots."""
 
     def __init__(self, spec: Spec):
-        self.spec, self.study, self.lock = spec, open_study(spec), threading.Lock()
+        self.spec, self.study, self.lock = spec, load_study(spec), threading.Lock()
         self.processes: set[subprocess.Popen] = set()
         self.stopped = False
+        prepare(self.study, spec)
 
-    def run(self) -> None:
-        """Run what is missing. A signal ends the trials that run; they wait for the next call."""
+    def run(self) -> int:
+        """Run what is missing. Return how many trials have a score. A signal ends all; the next call repeats them."""
         with ThreadPoolExecutor(len(self.spec.slots)) as pool:
             try:
                 for work in as_completed([pool.submit(self.work, slot) for slot in self.spec.slots]):
                     work.result()
             except BaseException:
                 self.stopped = True
-                for process in list(self.processes):
-                    stop(process)
+                stop(*self.processes)
                 raise
+        return sum(t.state == TrialState.COMPLETE for t in self.study.get_trials(deepcopy=False))
 
     def work(self, slot: str) -> None:
-        while (trial := self.next_trial()) and not self.stopped:
+        while trial := self.next_trial():
             self.run_trial(trial, slot)
 
     def next_trial(self) -> optuna.Trial | None:
         """Return a trial that waits or, where samples are drawn, a new one; None once there are enough."""
-        with self.lock:
-            trials = self.study.get_trials(deepcopy=False)
+        with self.lock, open(self.spec.folder / "lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # SQLite may give one trial to two sweeps
+            trials, is_grid = self.study.get_trials(deepcopy=False), self.spec.sampler == "grid"
             waiting = any(t.state == TrialState.WAITING for t in trials)
             begun = sum(t.state == TrialState.RUNNING or has_result(t) for t in trials)
-            if self.stopped or not waiting and (self.spec.sampler == "grid" or begun >= self.spec.trials):
+            if self.stopped or not waiting and (is_grid or begun >= self.spec.trials):
                 return None
             trial = self.study.ask(self.spec.distributions())
-            trial.set_user_attr("by", [socket.gethostname(), os.getpid()])
+            if is_grid and "given" not in trial.user_attrs:  # another machine was faster
+                self.study.tell(trial, state=TrialState.FAIL)
+                return None
+            trial.set_user_attr("by", process_name(os.getpid()))
             return trial
 
     def run_trial(self, trial: optuna.Trial, slot: str) -> None:
-        """Run a trial to its end and tell the study its val_bpb, or its last line."""
-        run_id = self.spec.run_id(trial.number)
-        env = os.environ | self.spec.settings(trial.params) | dict(RUN_ID=run_id, LOG_DIR=str(self.spec.folder))
+        """Run a trial to its end and tell the study its val_bpb, or why there is none."""
+        run_id, late = self.spec.run_id(trial.number), threading.Event()
+        env = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+        env |= self.spec.settings(trial.params) | dict(RUN_ID=run_id, LOG_DIR=str(self.spec.folder))
         process = subprocess.Popen(
-            shlex.split(slot) + shlex.split(self.spec.command), env=env, cwd=ROOT, text=True, start_new_session=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, preexec_fn=die_with_parent,
+            shlex.split(f"{slot} {self.spec.command}"), env=env, cwd=ROOT, text=True, errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=die_with_parent,
         )  # fmt: skip
         self.processes.add(process)
-        late = threading.Event()
-        limit = self.spec.seconds or threading.TIMEOUT_MAX
+        limit = min(self.spec.seconds, threading.TIMEOUT_MAX)
         timer = threading.Timer(limit, lambda: (late.set(), stop(process)))
+        timer.daemon = True
         timer.start()
-        said, pruned = self.follow(trial, process)
-        status = process.wait()
-        timer.cancel()
-        self.processes.discard(process)
-        if self.stopped:
-            return
-        value = None if status or pruned else self.spec.score(trial.number)
-        state = TrialState.COMPLETE if value is not None else TrialState.PRUNED if pruned else TrialState.FAIL
-        reason = pruned or (f"stopped after {self.spec.seconds} s" if late.is_set() else said)
-        if value is None:
-            trial.set_user_attr("said", reason)
-        with self.lock:
-            self.study.tell(trial, value, state)
-            self.report(run_id, trial.params, reason if value is None else f"val_bpb:{value:.8f}")
+        try:
+            if self.stopped:
+                stop(process)
+            said, pruned = self.follow(trial, process)
+            status = process.wait()
+        finally:
+            timer.cancel()
+            stop(process)
+            self.processes.discard(process)
+            remove_empty(self.spec, trial.number)
+        by_other = status in STOPS and not (pruned or late.is_set())  # whoever ends this machine's processes
+        if not (self.stopped or by_other):
+            reason = pruned or (f"stopped after {limit:g} s" if late.is_set() else said)
+            self.conclude(trial, None if status or pruned else self.spec.score(trial.number), pruned, reason)
 
     def follow(self, trial: optuna.Trial, process: subprocess.Popen) -> tuple[str, str]:
-        """Read what a trial prints, and end it where it falls behind. Return (its last line, why it was pruned)."""
+        """Keep what a trial prints, and end it where it falls behind. Return (its last words, why it was pruned)."""
         said, pruned = "", ""
-        for line in process.stdout:
-            said = line.strip() or said
-            if (found := VALIDATION.search(line)) and not pruned:
-                trial.report(float(found[2]), int(found[1]))
-                if self.spec.prune and trial.should_prune():
-                    pruned = f"pruned at step {found[1]}"
-                    stop(process)
+        with open(self.spec.folder / f"{self.spec.run_id(trial.number)}.out", "w", encoding="utf-8") as file:
+            for line in process.stdout:
+                file.write(line)
+                said = line.strip() if re.search("[a-z]", line) else said
+                if (found := VALIDATION.search(line)) and not pruned:
+                    trial.report(float(found[2]), int(found[1]))
+                    if self.spec.prune and trial.should_prune():
+                        pruned = f"pruned at step {found[1]}"
+                        stop(process)
         return said, pruned
 
-    def report(self, run_id: str, params: dict, result: str) -> None:
-        """Print a line of a trial that has ended, and the best one so far."""
-        trials = self.study.get_trials(deepcopy=False)
-        values = [t.value for t in trials if t.state == TrialState.COMPLETE]
-        settings = " ".join(f"{name}={show(value)}" for name, value in params.items())
-        best = f" best:{min(values):.8f}" if values else ""
-        print(f"{sum(map(has_result, trials))}/{self.spec.total} {run_id} {settings} {result}{best}", flush=True)
+    def conclude(self, trial: optuna.Trial, value: float | None, pruned: str, reason: str) -> None:
+        """Tell the study how a trial ended, and print a line of it with the best score so far."""
+        state = TrialState.COMPLETE if value is not None else TrialState.PRUNED if pruned else TrialState.FAIL
+        with self.lock:
+            if value is None:
+                trial.set_user_attr("said", reason)
+            self.study.tell(trial, value, state)
+            trials = self.study.get_trials(deepcopy=False)
+            values = [t.value for t in trials if t.state == TrialState.COMPLETE]
+            settings = " ".join(f"{name}={text}" for name, text in key(trial.params))
+            result = reason if value is None else f"val_bpb:{value:.8f}"
+            best = f" best:{min(values):.8f}" if values else ""
+            counted = f"{sum(map(has_result, trials))}/{self.spec.total}"
+            print(f"{counted} {self.spec.run_id(trial.number)} {settings} {result}{best}", flush=True)
 
 
-def has_result(trial: optuna.trial.FrozenTrial) -> bool:
+def has_result(trial: FrozenTrial) -> bool:
     """Return whether a trial has ended by itself, not with a sweep that was killed."""
     return trial.state == TrialState.COMPLETE or "said" in trial.user_attrs
 
 
 def die_with_parent() -> None:
     """Have Linux end this process when the sweep dies, however it dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
+    if LIBC:
+        LIBC.prctl(1, signal.SIGTERM)
 
 
-def stop(process: subprocess.Popen) -> None:
-    """End a trial and all its ranks."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGTERM)
+def stop(*processes: subprocess.Popen) -> None:
+    """End trials and all their ranks."""
+    running = [process for process in processes if process.poll() is None]
+    for process in running:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+    for process in running:
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
 
 def write_best(spec: Spec) -> str:
-    """Write configs/NAME.env with the settings of the least mean val_bpb over seeds. Return a line that says so."""
-    groups = defaultdict(list)
-    for trial in open_study(spec).get_trials(states=[TrialState.COMPLETE]):
-        groups[tuple((k, show(v)) for k, v in sorted(trial.params.items()) if k != "SEED")].append(trial.value)
-    if not groups:
-        raise InputError(f"name={spec.name}: none of its trials has ended; allowed is one or more")
-    most = max(map(len, groups.values()))
-    mean, winner = min((statistics.fmean(values), key) for key, values in groups.items() if len(values) == most)
-    path = ROOT / "configs" / f"{spec.name}.env"
+    """Write configs/NAME.env with the settings of the least mean val_bpb over all seeds. Return lines that say so."""
+    scores = defaultdict(lambda: defaultdict(list))  # by settings, by seed
+    for trial in load_study(spec).get_trials(states=[TrialState.COMPLETE]):
+        rest = {name: value for name, value in trial.params.items() if name != "SEED"}
+        scores[key(rest)][trial.params.get("SEED")].append(trial.value)
+    seeds = {seed for by_seed in scores.values() for seed in by_seed}
+    means = {k: statistics.fmean(map(statistics.fmean, v.values())) for k, v in scores.items() if v.keys() == seeds}
+    if not means:
+        raise InputError(f"name={spec.name}: no settings have a score for each seed; allowed are some that have")
+    best = min(means, key=means.get)
+    path, chosen = ROOT / "configs" / f"{spec.name}.env", spec.settings({}) | dict(best)
     if path.exists():
         raise InputError(f"configs/{path.name}: exists and would be overwritten; allowed is to move it away")
-    preset = spec.env.get("PRESET", "")
-    kept = {name: show(value) for name, value in spec.env.items() if name not in ("PRESET", "SEED")} | dict(winner)
-    text = (
-        f"# The best of {len(groups)} configurations of the sweep {spec.name}: val_bpb {mean:.8f} over {most} run(s).\n"
+    kept = {name: value for name, value in chosen.items() if name in SETTINGS - {"PRESET", "SEED"}}
+    Config.from_env(chosen)
+    title = (
+        f"# The best of {len(means)} settings of the sweep {spec.name}: val_bpb {means[best]:.8f}, {len(seeds)} run(s)."
     )
-    write_atomically(path, (text + "".join(f"{name}={value}\n" for name, value in kept.items())).encode())
-    return f"val_bpb:{mean:.8f} runs:{most}\nPRESET={','.join(filter(None, (preset, spec.name)))} {spec.command}"
+    write_atomically(path, "".join(f"{line}\n" for line in (title, *(f"{k}={v}" for k, v in kept.items()))).encode())
+    presets = ",".join(filter(None, (chosen.get("PRESET"), spec.name)))
+    left_out = f"{len(scores) - len(means)} settings left out: not all of the {len(seeds)} seeds"
+    return "\n".join([title[2:], *[left_out] * (len(scores) > len(means)), f"PRESET={presets} {spec.command}"])
 
 
 def main() -> int:
@@ -301,8 +400,8 @@ def main() -> int:
         spec = read_spec(args.spec)
         if args.best:
             print(write_best(spec))
-        else:
-            Sweep(spec).run()
+        elif not Sweep(spec).run():
+            raise InputError(f"name={spec.name}: no trial has a score; {spec.folder} has what they printed")
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
