@@ -52,7 +52,7 @@ import threading
 import tomllib
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -189,11 +189,11 @@ def process_name(pid: int) -> str:
     return f"{socket.gethostname()} {pid} {started}"
 
 
-def is_dead(trial: FrozenTrial) -> bool:
+def is_dead(trial: FrozenTrial, spec: Spec) -> bool:
     """Return whether the sweep that had begun a trial is gone from this machine."""
     by = trial.user_attrs.get("by")
-    if by is None:  # asked for and not yet signed
-        return trial.datetime_start < datetime.now() - timedelta(minutes=1)
+    if by is None:  # asked for and not signed: here that takes a turn, and another machine may be at it
+        return not spec.storage or trial.datetime_start < datetime.now() - timedelta(minutes=1)
     host, pid, _ = by.split()
     return host == socket.gethostname() and process_name(int(pid)) != by
 
@@ -215,12 +215,20 @@ def load_study(spec: Spec) -> optuna.Study:
     return study
 
 
+@contextmanager
+def turn(spec: Spec):
+    """Wait for this machine's other sweeps of the study: SQLite may give one trial to two of them."""
+    with open(spec.folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def prepare(study: optuna.Study, spec: Spec) -> None:
     """Put in line what is missing: what a sweep that is gone had begun, and the combinations of a grid."""
     trials = study.get_trials(deepcopy=False)
     known = {key(own_params(t)) for t in trials if t.state != TrialState.FAIL or "said" in t.user_attrs}
     for trial in trials:
-        if trial.state == TrialState.RUNNING and is_dead(trial):
+        if trial.state == TrialState.RUNNING and is_dead(trial, spec):
             value = spec.score(trial.number)
             if value is None:
                 study.enqueue_trial(trial.params, dict(given=trial.params))
@@ -247,7 +255,8 @@ class Sweep:
         self.spec, self.study, self.lock = spec, load_study(spec), threading.Lock()
         self.processes: set[subprocess.Popen] = set()
         self.stopped = False
-        prepare(self.study, spec)
+        with turn(spec):
+            prepare(self.study, spec)
 
     def run(self) -> int:
         """Run what is missing. Return how many trials have a score. A signal ends all; the next call repeats them."""
@@ -267,8 +276,7 @@ class Sweep:
 
     def next_trial(self) -> optuna.Trial | None:
         """Return a trial that waits or, where samples are drawn, a new one; None once there are enough."""
-        with self.lock, open(self.spec.folder / "lock", "w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # SQLite may give one trial to two sweeps
+        with self.lock, turn(self.spec):
             trials, is_grid = self.study.get_trials(deepcopy=False), self.spec.sampler == "grid"
             waiting = any(t.state == TrialState.WAITING for t in trials)
             begun = sum(t.state == TrialState.RUNNING or has_result(t) for t in trials)
