@@ -811,7 +811,7 @@ def test_two_ranks_go_on_together_and_not_as_one(start, run, folder):
     whole = finished(start("pair", 2, **settings))
     resumed = finished(start("pair2", 2, phase="train", resume=str(folder / "pair")))
     assert resumed.artifact.read_bytes() == whole.artifact.read_bytes()
-    assert_refused(run("alone", phase="train", resume=str(folder / "pair")), "step 7 of 2 ranks", "of 1 ranks")
+    assert_refused(run("one_of_pair", phase="train", resume=str(folder / "pair")), "step 7 of 2 ranks", "of 1 ranks")
 
 
 def test_what_is_no_checkpoint_of_such_a_model_is_refused(run, unbroken, folder):
