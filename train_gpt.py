@@ -1448,7 +1448,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(model: GPT, optimizers: Optimizers, averages: WeightAverages, c: Config, dist: Dist) -> tuple:
-    """Put in what save_checkpoint wrote. Return its position. Raise InputError where it is of another run."""
+    """Put in what save_checkpoint wrote. Return its position. Raise InputError where it does not fit here."""
     path = f"{c.resume}.{dist.rank}.checkpoint"
     with refusing(f"RESUME={c.resume}: {path} is no checkpoint of such a model"):
         state = torch.load(path, dist.device, weights_only=True)

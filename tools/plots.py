@@ -147,8 +147,8 @@ def plot_bytes(series: list[Series]):
 
 def write_plots(folder: Path, groups: list[list]) -> list[Path]:
     """Write the pictures of some configurations' runs. Return the files; what the logs do not hold is not drawn."""
-    series, written = [read_series(x.path) for group in groups for x in group], []
-    firsts = [read_series(group[0].path) for group in groups]
+    by_group, written = [[read_series(x.path) for x in group] for group in groups], []
+    series, firsts = sum(by_group, []), [group[0] for group in by_group]
     with plt.rc_context(LOOK):
         drawn = dict(training=plot_training(series), stages=plot_stages(groups))
         drawn |= dict(stream=plot_stream(series), bytes=plot_bytes(firsts))

@@ -4,7 +4,8 @@
     python tools/sweep.py SPEC.toml --best               # the best settings to configs/NAME.env
     python tools/report.py logs/sweeps/NAME/*.json       # a row a trial, a mean a configuration
 
-A sweep is a TOML file. This is a grid, all combinations of some choices:
+A sweep is a TOML file; a setting of the shell that it does not name has no effect. This is a grid, all combinations of
+some choices:
 
     name = "penalty"               # of the study, of its folder under logs/sweeps/ and of its runs
     [env]                          # the same in every trial
