@@ -63,7 +63,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import FrozenTrial, TrialState
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_gpt import Config, InputError, refusing, show, write_atomically
+from train_gpt import Config, InputError, interrupt, refusing, show, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {f.name.upper() for f in fields(Config)}
@@ -404,7 +404,8 @@ def main() -> int:
     parser.add_argument("spec", type=Path, metavar="SPEC.toml")
     parser.add_argument("--best", action="store_true", help="write configs/NAME.env instead of running anything")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's background job was told to ignore them
+        signal.signal(number, interrupt)
     try:
         spec = read_spec(args.spec)
         if args.best:
@@ -414,9 +415,9 @@ def main() -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("error: interrupted; the same command goes on", file=sys.stderr)
-        return 130
+        return 128 + error.args[0]
     return 0
 
 
