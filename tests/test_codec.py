@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import constriction
 import pytest
+import sentencepiece
 import torch
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -275,3 +278,50 @@ def test_another_process_gives_the_text_back_and_refuses_the_rest_in_one_line(
         said = capsys.readouterr().err
         assert said.startswith("error: ") and len(said.splitlines()) == 1
         assert not text.exists()
+
+
+def test_any_text_file_comes_back_byte_for_byte(main, artifact, tiny_data, tmp_path, capsys):
+    original, bits, text = tmp_path / "any.txt", tmp_path / "any.bits", tmp_path / "any.out"
+    original.write_bytes(
+        "  two spaces,\r\n\ttabs, <s>, \u00e9\u4e2d\U0001f600\x00 and no line break at the end  ".encode()
+    )
+    with_tokenizer = ("--artifact", artifact, "--tokenizer", tiny_data / "tokenizer.model")
+    assert main("encode", *with_tokenizer, "--file", original, "--out", bits) == 0
+    said = capsys.readouterr().out
+    assert f" {len(original.read_bytes())} bytes of text, in {bits.stat().st_size} bytes" in said
+    assert main("decode", *with_tokenizer, "--file", bits, "--out", text) == 0
+    assert text.read_bytes() == original.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (b"", "and a text that is not empty"),
+        (b"good \xff bad", "byte 5 is no UTF-8"),
+        ("a text with \u2581 in it".encode(), "it does not give"),
+        (None, "No such file"),
+    ],
+    ids=["empty", "bytes", "mark", "none"],
+)
+def test_a_file_that_cannot_come_back_is_refused(main, artifact, tiny_data, tmp_path, capsys, content, words):
+    path, bits = tmp_path / "any.txt", tmp_path / "any.bits"
+    if content is not None:
+        path.write_bytes(content)
+    given = ("encode", "--artifact", artifact, "--file", path, "--out", bits)
+    assert main(*given, "--tokenizer", tiny_data / "tokenizer.model") == 2
+    said = capsys.readouterr().err
+    assert words in said and len(said.splitlines()) == 1 and not bits.exists()
+    assert main(*given) == 2
+    assert "--tokenizer" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_normalizes_is_refused_by_name(tmp_path):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["some plain words"] * 20), model_writer=model, vocab_size=300, minloglevel=2,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="nmt_nfkc", hard_vocab_limit=False,
+    )  # fmt: skip
+    tokenizer = types.SimpleNamespace(bos_id=1, sp=sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()))
+    args = types.SimpleNamespace(file="x.txt", tokenizer="t.model")
+    with pytest.raises(InputError, match=r"--tokenizer=t\.model: it does not give x\.txt back"):
+        codec.file_tokens(b"some  plain words", tokenizer, args)

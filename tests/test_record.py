@@ -129,6 +129,7 @@ def published(tmp_path):
         (folder / f"train_seed{seed}.log").write_text(log)
     results = {str(seed): dict(val_bpb=1.11923, val_loss=float(loss)) for seed, loss in losses.items()}
     stated = dict(val_bpb=1.1192, val_loss=1.8899, seeds=[1, 2, 3], seed_results=results, bytes_total=15977386)
+    stated |= dict(val_loss_std=0.0002, artifact_bytes_mean=15977386, compliance=dict(train_under_600s=True))
     (folder / "submission.json").write_text(json.dumps(stated))
     return folder
 
@@ -137,6 +138,7 @@ def test_a_sound_record_is_called_so(published):
     assert record.check_folder(published) == []
 
 
+FIRST_STEP = "step:1/9000 train_loss:6.9 train_time:83ms step_avg:83.00ms"
 WRONG = {
     "a headline of one seed": ("submission.json", '1.8899, "seeds"', '1.8897, "seeds"', "the mean of 3 logs"),
     "a result that differs by 0.0001": ("submission.json", "1.11923", "1.11913", "val_bpb is 1.11913, its log states"),
@@ -146,6 +148,11 @@ WRONG = {
     "a subset": ("train_seed3.log", "tokens:62021632", "tokens:1000000", "1000000 validation tokens were scored"),
     "other settings": ("train_seed3.log", "model_params:26928220", "model_params:2", "the runs differ in model_params"),
     "a log cut short": ("train_seed3.log", "1.11922988\n", "1.1192", "ends in the middle of a line"),
+    "another spread": ("submission.json", '"val_loss_std": 0.0002', '"val_loss_std": 0.0005', "val_loss_std is 0.0005"),
+    "another mean size": ("submission.json", '_mean": 15977386', '_mean": 15977380', "artifact_bytes_mean is 15977380"),
+    "a limit called kept": ("train_seed3.log", "599128ms", "600100ms", "train_under_600s is called true"),
+    "a run on a CPU": ("train_seed2.log", "seed:2", "hardware: 1 process(es) on CPU\nseed:2", "it ran on a CPU"),
+    "two runs in a log": ("train_seed2.log", "stopping_early", f"{FIRST_STEP}\nstopping_early", "two runs in one log"),
     "another script": ("train_gpt.py", "torch", "torch, and more", "bytes; the logs count"),
 }
 

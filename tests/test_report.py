@@ -79,7 +79,7 @@ def record(**changes):
     made = dict(
         seed=7,
         config=dict(seed=7, run_id="a", matrix_lr=0.02, stages=["sliding", "ttt", "mixed"], smear_gate=True),
-        artifact=dict(code_bytes=100, total_bytes=1000, part_bytes=dict(codes=800)),
+        artifact=dict(code_bytes=100, model_bytes=900, total_bytes=1000, part_bytes=dict(codes=800)),
         train=dict(steps=50, step_avg_ms=20.0, seconds=dict(total=1.5)),
         hardware="8 x NVIDIA H100 80GB HBM3",
         stages=dict(sliding=dict(stage, val_bpb=1.7), ttt=dict(stage, val_bpb=1.6), mixed=stage),
@@ -162,6 +162,10 @@ def test_unlike_configurations_are_not_averaged_and_what_differs_is_printed(writ
 WRONG = {
     "a partial stream": (lambda text: text.replace('"whole_stream": true', '"whole_stream": false'), "PARTIAL"),
     "a byte over": (lambda text: text.replace('"total_bytes": 1000', '"total_bytes": 16000001'), "1 over the cap"),
+    "parts and a whole": (
+        lambda text: text.replace('"total_bytes": 1000', '"total_bytes": 999'),
+        "of code are not 999",
+    ),
     "600.1 s": (lambda text: text.replace('"total": 1.5', '"total": 600.1'), "training took 600.100 s of 600"),
     "a late evaluation": (lambda text: text.replace('"seconds": 10.0', '"seconds": 400.0'), "evaluation took 800.000"),
     "another headline": (lambda text: text.replace('"val_bpb": 1.5}', '"val_bpb": 1.4999}'), "its last stage's 1.5"),
@@ -182,6 +186,10 @@ def test_what_is_wrong_with_a_log_stands_under_the_table(write, run_report):
         "22,614": first(size=report.CAP_BYTES + 22_614),
         "training took 600.100 s": first().replace("599128ms", "600100ms"),
         "its name says seed 5, its lines 1337": first(),
+        "two runs in one log": first() + first(),
+        "15,887,927 bytes of model and 89,458 of code are not 15,977,386": first().replace(
+            "Code size", "Serialized model int6+lzma: 15887927 bytes\nCode size"
+        ),
         "val_bpb is nan": first(loss="nan").replace("1.11922988", "nan"),
     }
     for words, text in logs.items():

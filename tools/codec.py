@@ -1,6 +1,7 @@
 """Encode text to bits and decode it, with the rows that a score is made of. The bits are as many as the score states.
 
-python tools/codec.py encode --artifact A --data D --tokens N --out F           # the head of the validation stream
+python tools/codec.py encode --artifact A --data D --tokens N --out F            # the head of the validation stream
+python tools/codec.py encode --artifact A --tokenizer T --file any.txt --out F   # any file of UTF-8, by an exact T
 python tools/codec.py decode --artifact A --tokenizer T --file F --out text.txt  # elsewhere, from A, T and F alone
 
 The artifact holds the settings of scoring; a setting in the environment (TTT_CHUNK_TOKENS=512) overrides it. Both
@@ -165,24 +166,51 @@ def decode(predictor, data: bytes, bos_id: int, chunk_tokens: int) -> Tensor:
 # ======================================================================================================================
 
 
+def read_file(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"--file={path}: {error.strerror}") from None
+
+
+def file_tokens(data: bytes, tokenizer: Tokenizer, args) -> Tensor:
+    """Return a file as one document, [n + 1] with its BOS. Raise InputError if the tokenizer gives other bytes back."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"--file={args.file}: byte {error.start} is no UTF-8; allowed is text") from None
+    ids = tokenizer.sp.encode(text)
+    if not ids or tokenizer.sp.decode(ids) != text:
+        allowed = "one that normalizes nothing, such as data/prepare.py trains, and a text that is not empty"
+        raise InputError(f"--tokenizer={args.tokenizer}: it does not give {args.file} back; allowed is {allowed}")
+    return torch.tensor([tokenizer.bos_id, *ids])
+
+
+def load_without_shards(args):
+    folder = os.path.dirname(os.path.abspath(args.tokenizer))
+    return load_run(args.artifact, folder, TOKENIZER_PATH=args.tokenizer)
+
+
 def run_encode(args) -> None:
-    run = load_run(args.artifact, args.data, VAL_TOKENS=args.tokens)
-    stream = run.stream()
-    data = encode(run.predictor(args.ttt_chunks), stream.tokens.to(run.dist.device), run.chunk_tokens)
+    if args.file:
+        if not args.tokenizer:
+            raise InputError("--tokenizer: none; allowed with --file is the tokenizer.model of the artifact")
+        run, text = load_without_shards(args), read_file(args.file)
+        tokens, n_bytes = file_tokens(text, run.tokenizer, args), len(text)
+    else:
+        run = load_run(args.artifact, args.data, VAL_TOKENS=args.tokens)
+        stream = run.stream()
+        tokens, n_bytes, text = stream.tokens, int(stream.token_bytes.sum()), as_text(stream.tokens, run.tokenizer)
+    data = encode(run.predictor(args.ttt_chunks), tokens.to(run.dist.device), run.chunk_tokens)
     train_gpt.write_atomically(Path(args.out), data)
     if args.text:
-        train_gpt.write_atomically(Path(args.text), as_text(stream.tokens, run.tokenizer))
-    n_bytes = int(stream.token_bytes.sum())
+        train_gpt.write_atomically(Path(args.text), text)
     rate = f"{8 * len(data) / n_bytes:.4f} bits a byte"
-    print(f"{len(stream)} tokens, {n_bytes} bytes of text, in {len(data)} bytes: {rate}")
+    print(f"{len(tokens) - 1} tokens, {n_bytes} bytes of text, in {len(data)} bytes: {rate}")
 
 
 def run_decode(args) -> None:
-    run = load_run(args.artifact, os.path.dirname(os.path.abspath(args.tokenizer)), TOKENIZER_PATH=args.tokenizer)
-    try:
-        data = Path(args.file).read_bytes()
-    except OSError as error:
-        raise InputError(f"--file={args.file}: {error.strerror}") from None
+    run, data = load_without_shards(args), read_file(args.file)
     tokens = decode(run.predictor(args.ttt_chunks), data, run.c.bos_id, run.chunk_tokens)
     train_gpt.write_atomically(Path(args.out), as_text(tokens, run.tokenizer))
 
@@ -206,17 +234,19 @@ def as_text(tokens: Tensor, tokenizer: Tokenizer) -> bytes:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("encode", "the head of a validation stream to a file"), ("decode", "that file to its text")):
+    for name, text in (("encode", "a text to a file of bits"), ("decode", "that file to its text")):
         command = commands.add_parser(name, help=text)
         command.add_argument("--artifact", required=True, metavar="FILE")
         command.add_argument("--out", required=True, metavar="FILE")
         command.add_argument("--ttt-chunks", type=int, metavar="N", help="adapt to N chunks only: a record's ttt_stop")
+        command.add_argument("--tokenizer", required=name == "decode", metavar="FILE", help="a tokenizer.model")
         if name == "encode":
-            command.add_argument("--data", required=True, metavar="DIR", help="shards and tokenizer")
-            command.add_argument("--tokens", type=int, default=8192, help="how many [8192]")
+            source = command.add_mutually_exclusive_group(required=True)
+            source.add_argument("--data", metavar="DIR", help="shards and tokenizer")
+            source.add_argument("--file", metavar="FILE", help="any text in UTF-8, with --tokenizer")
+            command.add_argument("--tokens", type=int, default=8192, help="how many of --data [8192]")
             command.add_argument("--text", metavar="FILE", help="write the same text plainly, to compare")
         else:
-            command.add_argument("--tokenizer", required=True, metavar="FILE", help="the tokenizer.model of the shards")
             command.add_argument("--file", required=True, metavar="FILE", help="what encode wrote")
     args = parser.parse_args()
     be_deterministic()

@@ -225,7 +225,9 @@ def check_folder(folder: Path) -> list[str]:
     wrong += [f"{x.name}: {problem}" for x in reports for problem in x.problems]
     wrong += [problem for group in groups for problem in report.repeated(group)]
     wrong += [f"the runs differ in {line}" for line in (report.differences(groups) if len(groups) > 1 else [])]
+    wrong += [f"{x.name}: it ran on a CPU, where no limit of time holds" for x in reports if x.on_cpu]
     wrong += against_results(results, reports) + against_headline(stated, results, reports)
+    wrong += against_compliance(stated, reports)
     return wrong + against_sizes(stated, reports, folder / "train_gpt.py")
 
 
@@ -267,6 +269,10 @@ def against_headline(stated: dict, results: dict, reports: list[report.Report]) 
             continue
         if name in stated and values and differs(stated[name], mean := statistics.fmean(values)):
             wrong.append(f"{name} is {stated[name]}, the mean of {len(values)} logs {mean:.8f}")
+        if stated.get(f"{name}_std") is not None and len(values) > 1:
+            spreads = statistics.stdev(values), statistics.pstdev(values)  # some divide by n
+            if all(differs(stated[f"{name}_std"], x) for x in spreads):
+                wrong.append(f"{name}_std is {stated[f'{name}_std']}, that of the logs {spreads[0]:.8f}")
     if "val_bpb" not in stated:
         wrong.append("no val_bpb")
     if (n := len({x.seed for x in finals})) < 3:
@@ -277,6 +283,24 @@ def against_headline(stated: dict, results: dict, reports: list[report.Report]) 
     return wrong
 
 
+def against_compliance(stated: dict, reports: list[report.Report]) -> list[str]:
+    """Return which conditions are called kept and are, by the logs, not."""
+    claimed = stated.get("compliance") if isinstance(stated.get("compliance"), dict) else {}
+    largest = {
+        name: max((value for x in reports if (value := getattr(x, name))), default=0)
+        for name in ("train_seconds", "eval_seconds", "total_bytes")
+    }
+    kept = dict(
+        train_under_600s=largest["train_seconds"] <= report.LIMIT_SECONDS,
+        eval_under_600s=largest["eval_seconds"] <= report.LIMIT_SECONDS,
+        artifact_under_16mb=largest["total_bytes"] <= CAP_BYTES,
+        three_seeds=len({x.seed for x in reports if x.final}) >= 3,
+    )
+    return [
+        f"compliance: {name} is called true; its logs do not" for name in kept if claimed.get(name) and not kept[name]
+    ]
+
+
 def against_sizes(stated: dict, reports: list[report.Report], script: Path) -> list[str]:
     """Return where the stated bytes are not those of the logs, or the script not the one that they count."""
     totals, wrong = [x.total_bytes for x in reports if x.total_bytes], []
@@ -284,6 +308,11 @@ def against_sizes(stated: dict, reports: list[report.Report], script: Path) -> l
         largest, mean = max(totals), statistics.fmean(totals)
         if stated["bytes_total"] != largest and differs(stated["bytes_total"], round(mean), digits=False):
             wrong.append(f"bytes_total is {stated['bytes_total']}; the largest of the logs is {largest}")
+    models = [x.total_bytes - (x.code_bytes or 0) for x in reports if x.total_bytes]
+    for name, of in (("artifact_bytes_mean", statistics.fmean), ("artifact_bytes_max", max)):
+        sizes = sorted({f(of(x)) for x in (models, totals) if x for f in (int, round)})  # some count the script in
+        if sizes and stated.get(name) is not None and all(differs(stated[name], x) for x in sizes):
+            wrong.append(f"{name} is {stated[name]}; that of the logs is {' or '.join(map(str, sizes))}")
     logged = {x.code_bytes for x in reports if x.code_bytes}
     if not script.is_file():
         wrong.append("no train_gpt.py")

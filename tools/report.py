@@ -39,18 +39,8 @@ LIMIT_SECONDS = 600.0
 RECORD_NATS, RECORD_P, FINAL_P = 0.005, 0.01, 0.25
 # Settings that name files, machines or the run, or of which each seed has its own.
 PER_RUN = {"seed", "run_id", "artifact_path", "scores_path", "log_dir", "logfile", "model_path", "quantized_model_path"}
-PER_RUN |= {
-    "resume",
-    "checkpoint_every",
-    "artifact_dir",
-    "rank",
-    "local_rank",
-    "is_main_process",
-    "datasets_dir",
-    "data_dir",
-    "data_path",
-    "phase",
-}
+PER_RUN |= {"resume", "checkpoint_every", "artifact_dir", "rank", "local_rank", "is_main_process", "phase"}
+PER_RUN |= {"datasets_dir", "data_dir", "data_path"}
 
 
 @dataclass
@@ -77,7 +67,9 @@ class Report:
     eval_seconds: float | None = None
     stages: dict[str, Stage] = field(default_factory=dict)  # in order; the last one is the run's score
     code_bytes: int | None = None
+    model_bytes: int | None = None
     total_bytes: int | None = None
+    part_bytes: dict[str, int] = field(default_factory=dict)  # of the model
     val_tokens: int | None = None
     data: str | None = None  # the folder of the shards
     on_cpu: bool = False  # where no limit of time holds
@@ -128,6 +120,7 @@ FACTS = (
     (r"train_loader:dataset:(?:\S*/)?(\S+) train_shards.*", "data", str),
     (r"val_loader:.* tokens:(\d+).*|val_tokens: (\d+)", "val_tokens", int),
     (r"Code size(?: \(compressed\))?: (\d+) bytes", "code_bytes", int),
+    (r"Serialized model [^ :]+: (\d+) bytes.*", "model_bytes", int),
     (r"Total submission size(?: \S+)?: (\d+) bytes.*", "total_bytes", int),
     (r"(?:total_eval_time:|eval_seconds: )([\d.]+).*", "eval_seconds", float),
 )
@@ -197,6 +190,9 @@ def read_line(found: Report, line: str) -> None:
     for pattern, name, kind in FACTS:
         if fits := pattern.fullmatch(line):
             setattr(found, name, kind(next(filter(None, fits.groups()))))
+    again = STEP.fullmatch(line) or MINUTES.fullmatch(line)
+    if again and found.steps is not None and int(again[1]) < found.steps:
+        found.problems.append(f"step {again[1]} follows step {found.steps}: two runs in one log")
     if fits := SETTING.fullmatch(line):
         name, value, other, other_value = fits.groups()
         found.settings[name or other] = value if name else other_value
@@ -216,6 +212,9 @@ def read_line(found: Report, line: str) -> None:
         found.problems += [fits[3]] if re.search("PARTIAL|CUT|OVER", fits[3]) else []
     elif line.startswith("hardware: "):
         found.on_cpu = " on CPU" in line
+    elif line.startswith("artifact parts: "):
+        parts = (pair.split(":") for pair in line.removeprefix("artifact parts: ").split())
+        found.part_bytes = {part: int(n_bytes) for part, n_bytes in parts}
     elif (fits := STAGE.fullmatch(line)) and not re.match(r"(step:)?\d+/\d+", line):
         before = found.stages.pop(fits[1], None)  # the exact line comes second, without the time
         seconds = int(fits[5]) / 1000 if fits[5] else before.seconds if before else None
@@ -232,7 +231,8 @@ def read_record(path: Path) -> Report:
     config, artifact, train = record["config"], record["artifact"], record["train"] or {}
     settings = {name.upper(): show(value) for name, value in config.items()}
     found = Report(path, settings, record["seed"])
-    found.code_bytes, found.total_bytes = artifact["code_bytes"], artifact["total_bytes"]
+    for name in ("code_bytes", "model_bytes", "total_bytes", "part_bytes"):
+        setattr(found, name, artifact.get(name))
     found.steps, found.step_ms = train.get("steps"), train.get("step_avg_ms")
     seconds = train.get("seconds")
     found.train_seconds = seconds["total"] if isinstance(seconds, dict) else seconds
@@ -275,6 +275,9 @@ def judge(found: Report) -> None:
             last = what == "training" and seconds - LIMIT_SECONDS < (found.step_ms or 0.0) / 1000
             within = ", less than a step over" if last else ""
             found.problems.append(f"{what} took {seconds:.3f} s of {LIMIT_SECONDS:g}{within}")
+    counted = found.model_bytes, found.code_bytes, found.total_bytes
+    if None not in counted and counted[0] + counted[1] != counted[2]:
+        found.problems.append(f"{counted[0]:,} bytes of model and {counted[1]:,} of code are not {counted[2]:,}")
     if found.total_bytes and found.total_bytes > CAP_BYTES:
         found.problems.append(f"{found.total_bytes:,} bytes, {found.total_bytes - CAP_BYTES:,} over the cap")
     if found.final and not 0 < found.final.val_bpb < math.inf:
@@ -450,6 +453,11 @@ def main() -> int:
             against = sample([report.final.val_loss for report in baseline[0] if report.final] or [math.nan])
         for group in groups:
             print(args.show(table(group)))
+            for x in (x for x in group if x.part_bytes and args.show is as_text):
+                print(
+                    f"{x.name}: "
+                    + " ".join(f"{part}:{n}" for part, n in (x.part_bytes | {"code": x.code_bytes}).items())
+                )
             for problem in [f"{x.name}: {problem}" for x in group for problem in x.problems] + repeated(group):
                 print(f"! {problem}")
             texts = {report.val_tokens for report in (*group, *sum(baseline, [])) if report.val_tokens}
