@@ -4,8 +4,7 @@
     PRESET=smoke torchrun --standalone --nproc_per_node=2 train_gpt.py   # minutes on two CPU cores
     PHASE=eval ARTIFACT_PATH=logs/x.artifact python train_gpt.py         # score an artifact that exists
 
-The file reads in the order in which data flows: config, ranks and log, data, kernels, model, optimizers, training,
-artifact, n-grams, mixing, scoring, main. Every score comes from one loop:
+The file reads in the order in which data flows, room by room. Every score comes from one loop:
 
     for chunk in stream:                          # left to right, every position once
         logp = predictor.predict(chunk.inputs)    # [n, V] log-probabilities, each row sums to one
@@ -40,7 +39,7 @@ import struct
 import sys
 import tempfile
 import time
-from collections import defaultdict, deque
+from collections import defaultdict, deque, namedtuple
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,21 +52,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-try:
+triton = tl = flash_attn_func = None
+with suppress(ImportError):  # every Triton kernel has a plain twin
     import triton
     import triton.language as tl
-except ImportError:  # every Triton kernel has a plain twin
-    triton = tl = None
-try:
-    from flash_attn_interface import flash_attn_func  # FlashAttention 3, Hopper only
-except ImportError:  # PyPI's stub lacks the function
-    flash_attn_func = None
+with suppress(ImportError):  # FlashAttention 3, Hopper only; PyPI's stub lacks the function
+    from flash_attn_interface import flash_attn_func
 
 # ==================== Config ==========================================================================================
 # Every setting of a run, read once from the environment and never changed.
 
 CAP_BYTES, LARGEST = 16_000_000, 10**15  # of script plus artifact, decimal; of any setting
 STAGES, FROZEN_STAGES = ("roundtrip", "sliding", "ttt", "mixed"), ("roundtrip", "sliding")
+EXPERTS = ("neural", "unigram", "bigram", "trigram", "backoff", "flat", "maxent")  # by default, of MIXERS
 CONFIGS = Path(__file__).resolve().parent / "configs"
 
 
@@ -80,8 +77,6 @@ def refusing(problem: str):
     """Raise InputError, which names the problem, for whatever a damaged or a stranger's file makes its reader raise."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise InputError(f"{problem} ({reason})") from None
@@ -202,9 +197,7 @@ class Config:
     ttt_temperature: float = setting(1.0, 0.1, 10.0, score=True)
     # Mixing.
     mixer: str = setting("hedge", score=True)  # one of MIXERS
-    hedge_experts: tuple[str, ...] = setting(
-        ("neural", "unigram", "bigram", "trigram", "backoff", "flat", "maxent"), score=True
-    )
+    hedge_experts: tuple[str, ...] = setting(EXPERTS, score=True)
     hedge_eta: float = setting(1.0, 0.0, 10.0, score=True)  # learning rate: w_k <- w_k * p_k(token)^eta
     hedge_share: float = setting(0.0, 0.0, 0.5, score=True)  # of the weight that is dealt out evenly after a token
     backoff_base: float = setting(0.05, 0.0, 1.0, score=True)  # weight of the n-gram where the model is sure
@@ -228,7 +221,14 @@ class Config:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
-            check_range(f, getattr(self, f.name))
+            value, (low, high, choices) = getattr(self, f.name), map(f.metadata.get, ("low", "high", "choices"))
+            for part in value if isinstance(value, tuple) else (value,):
+                if choices is not None and part not in choices:
+                    allowed = ", ".join(map(repr, choices))
+                    raise InputError(f"{f.name.upper()}={part!r} is not known: allowed are {allowed}")
+                if isinstance(part, (int, float)) and not low <= part <= high:
+                    allowed = f"{low} to {high}" if high < LARGEST else f"{low} or more"
+                    raise InputError(f"{f.name.upper()}={part} is out of range: allowed is {allowed}")
         for name, kept, allowed in self.rules():
             if not kept:
                 raise InputError(f"{name.upper()}={show(getattr(self, name))}: allowed is {allowed}")
@@ -304,8 +304,7 @@ def read_presets(names: str, known: list[str]) -> dict[str, str]:
     for preset in filter(None, names.split(",")):
         if preset not in presets:
             raise InputError(f"PRESET={preset!r} is not known: allowed are {', '.join(sorted(presets))}")
-        text = presets[preset].read_text(encoding="utf-8")
-        lines = (line.partition("#")[0].strip() for line in text.splitlines())
+        lines = (line.partition("#")[0].strip() for line in presets[preset].read_text("utf-8").splitlines())
         for line in filter(None, lines):
             name, equals, value = (part.strip() for part in line.partition("="))
             if not equals or name not in known or name == "PRESET":
@@ -329,18 +328,6 @@ def parse(f: dataclasses.Field, text: str):
         kinds = {bool: "0 or 1", int: "a whole number", float: "a number"}
         allowed = kinds[type(f.default[0])] + ", or several with commas" if kind is tuple else kinds[kind]
         raise InputError(f"{f.name.upper()}={text!r} does not parse: allowed is {allowed}") from None
-
-
-def check_range(f: dataclasses.Field, value) -> None:
-    """Raise InputError if a field's value is outside the range that its declaration allows."""
-    low, high, choices = f.metadata["low"], f.metadata["high"], f.metadata["choices"]
-    for part in value if isinstance(value, tuple) else (value,):
-        if choices is not None and part not in choices:
-            allowed = ", ".join(repr(choice) for choice in choices)
-            raise InputError(f"{f.name.upper()}={part!r} is not known: allowed are {allowed}")
-        if isinstance(part, (int, float)) and not low <= part <= high:
-            allowed = f"{low} to {high}" if high < LARGEST else f"{low} or more"
-            raise InputError(f"{f.name.upper()}={part} is out of range: allowed is {allowed}")
 
 
 def show(value) -> str:
@@ -380,10 +367,9 @@ class Dist:
 
     def max(self, value: float) -> float:
         """Return the largest of the ranks' values: all of them decide alike."""
-        if self.world_size == 1:
-            return value
         box = torch.tensor([value], dtype=torch.float64)
-        c10d.all_reduce(box, op=c10d.ReduceOp.MAX)
+        if self.world_size > 1:
+            c10d.all_reduce(box, op=c10d.ReduceOp.MAX)
         return box.item()
 
     def sum_gradients(self, params: list[nn.Parameter]) -> Tensor:
@@ -401,8 +387,6 @@ class Dist:
 
     def gather(self, part: Tensor, rows: slice, n: int) -> Tensor:
         """Return all n rows from the ranks' parts: [m, ...] on each rank at `rows` -> [n, ...] on every rank."""
-        if self.world_size == 1:
-            return part
         whole = part.new_zeros(n, *part.shape[1:])
         whole[rows] = part
         return self.sum(whole)
@@ -429,13 +413,11 @@ class Dist:
 
 def open_dist(c: Config) -> Dist:
     """Join the ranks that torchrun started, or be the only one. Raise InputError where the device does not exist."""
-    env = os.environ
     with refusing("RANK, WORLD_SIZE, LOCAL_RANK: allowed are those of torchrun, or none"):
         names = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
-        rank, world_size, local_rank = (int(env.get(name, alone)) for name, alone in names.items())
-        if not 0 <= rank < world_size or world_size > 1 and "TORCHELASTIC_RUN_ID" not in env:
+        rank, world_size, local_rank = (int(os.environ.get(name, alone)) for name, alone in names.items())
+        if not 0 <= rank < world_size or world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise ValueError(f"rank {rank} of {world_size}")
-    timeout = datetime.timedelta(seconds=c.dist_timeout_seconds)
     if world_size > 1 and sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: no rank outlives torchrun
     trains_full_size = c.device == "auto" and c.phase != "eval" and not c.preset  # weeks on a CPU
@@ -443,19 +425,18 @@ def open_dist(c: Config) -> Dist:
         with refusing(f"DEVICE={c.device}: no GPU can be used; allowed here are DEVICE=cpu, or a PRESET for its sizes"):
             torch.cuda.init()  # tells why
             raise RuntimeError("the driver shows no device")
-    if c.device == "cpu" or not torch.cuda.is_available():
-        if world_size > 1:
-            c10d.init_process_group("gloo", timeout=timeout)
-        return Dist(rank, world_size)
-    if local_rank >= (n := torch.cuda.device_count()):
-        raise InputError(f"nproc_per_node: process {local_rank} has no CUDA device; allowed are {n} a node")
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    torch.set_float32_matmul_precision("high")
-    torch._dynamo.config.recompile_limit = 64  # a graph for each batch shape, with and without gradients
+    device, backend = None, "gloo"
+    if c.device != "cpu" and torch.cuda.is_available():
+        if local_rank >= (n := torch.cuda.device_count()):
+            raise InputError(f"nproc_per_node: process {local_rank} has no CUDA device; allowed are {n} a node")
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch._dynamo.config.recompile_limit = 64  # a graph for each batch shape, with and without gradients
     if world_size > 1:
-        c10d.init_process_group("cpu:gloo,cuda:nccl", device_id=device, timeout=timeout)
-    return Dist(rank, world_size, device)
+        timeout = datetime.timedelta(seconds=c.dist_timeout_seconds)
+        c10d.init_process_group(backend, device_id=device, timeout=timeout)
+    return Dist(rank, world_size, device or "cpu")
 
 
 def activation_dtype(c: Config, device: torch.device) -> torch.dtype:
@@ -533,6 +514,8 @@ class Clock:
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 SHARD_NAME = re.compile(r".+_(train|val)_(\d+)\.bin")
+# Of a stream: tokens [n + 1] from position `start` on; inputs are all but the last of them, targets all but the first.
+Chunk = namedtuple("Chunk", "start tokens inputs targets is_last")
 
 
 def read_shard(path: str | Path) -> np.ndarray:
@@ -582,29 +565,22 @@ class Tokenizer:
         if not os.path.isdir(c.data_path):
             raise InputError(f"DATA_PATH={c.data_path}: no such folder; data/prepare.py makes one")
         path = c.tokenizer_path or os.path.join(c.data_path, "tokenizer.model")
-        if not os.path.isfile(path):
-            raise InputError(f"TOKENIZER_PATH={path}: no such file")
         with refusing(f"TOKENIZER_PATH={path}: not a SentencePiece model"):
             self.sha256 = hashlib.sha256(Path(path).read_bytes()).hexdigest()
             self.sp = sentencepiece.SentencePieceProcessor(model_file=path)
-        self.check(path, c, trained_with)
-        self.bos_id, ids = c.bos_id, range(c.vocab_size)
-        # Int64 [V], right after a BOS and elsewhere: a decoder may drop a document's leading space.
-        self.start_bytes = torch.tensor([self.added_bytes(i, at_start=True) for i in ids])
-        self.inside_bytes = torch.tensor([self.added_bytes(i, at_start=False) for i in ids])
-
-    def check(self, path: str, c: Config, trained_with: str) -> None:
-        """Raise InputError unless the settings, the shards' manifest and the artifact, if any, name this tokenizer."""
-        size, bos = self.sp.vocab_size(), self.sp.bos_id()
-        if size != c.vocab_size:
-            raise InputError(f"TOKENIZER_PATH={path} has {size} pieces; VOCAB_SIZE={c.vocab_size} must match")
-        if bos != c.bos_id:
-            raise InputError(f"TOKENIZER_PATH={path} has BOS id {bos}; BOS_ID={c.bos_id} must match")
-        if not any(self.sp.is_byte(i) for i in range(size)):
+        self.bos_id, ids = self.sp.bos_id(), range(self.sp.vocab_size())
+        if len(ids) != c.vocab_size:
+            raise InputError(f"TOKENIZER_PATH={path} has {len(ids)} pieces; VOCAB_SIZE={c.vocab_size} must match")
+        if self.bos_id != c.bos_id:
+            raise InputError(f"TOKENIZER_PATH={path} has BOS id {self.bos_id}; BOS_ID={c.bos_id} must match")
+        if not any(map(self.sp.is_byte, ids)):
             raise InputError(f"TOKENIZER_PATH={path} has no byte pieces; without them text has no exact byte count")
         check_manifest(c, tokenizer_sha256=self.sha256)
         if trained_with not in ("", self.sha256):
             raise InputError(f"TOKENIZER_PATH={path}: sha256 is not the one that ARTIFACT_PATH={c.artifact_path} names")
+        # Int64 [V], right after a BOS and elsewhere: a decoder may drop a document's leading space.
+        self.start_bytes = torch.tensor([self.added_bytes(i, at_start=True) for i in ids])
+        self.inside_bytes = torch.tensor([self.added_bytes(i, at_start=False) for i in ids])
 
     def added_bytes(self, token: int, at_start: bool) -> int:
         """Return the number of UTF-8 bytes of a token by the tokenizer's decoder; a byte piece is one byte anywhere."""
@@ -667,29 +643,9 @@ class TrainLoader:
         """Return this rank's sequences of an optimizer step. The host, which runs ahead, reads them in 2 ms of 80."""
         return self.run_rows(step * self.c.batch_seqs, self.c.batch_seqs)
 
-    def gptq_rows(self) -> Tensor:
-        """Return this rank's part of the sequences on which the Hessians are measured."""
-        return self.run_rows(0, max(1, self.c.gptq_tokens // self.seq_len))
-
-    def averaging_rows(self) -> Tensor:
-        """Return this rank's part of the held-out spans on which averages are chosen."""
-        mine = self.dist.share(self.averaging, start=self.n)
-        return self.held[mine.start - self.n : mine.stop - self.n].to(self.dist.device)
-
     def calibration_text(self) -> Tensor:
         """Return the held-out spans in the order of the text: int64 [MIXER_CALIBRATION_TOKENS] at most."""
         return self.held[:, :-1].flatten()[: self.c.mixer_calibration_tokens].to(self.dist.device)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Positions [start, start + n) of the stream; the i-th of them predicts targets[i] from all up to inputs[i]."""
-
-    start: int
-    tokens: Tensor  # [n + 1] int64
-    inputs: Tensor  # [n], all but the last
-    targets: Tensor  # [n], all but the first
-    is_last: bool
 
 
 class Stream:
@@ -739,6 +695,7 @@ def windows(first: int, last: int, stride: int, seq_len: int) -> tuple[np.ndarra
 
 BACKENDS = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 SDPA_BACKENDS = dict(zip(("cudnn", "flash", "efficient", "math"), BACKENDS, strict=True))  # as `auto` tries them
+Kernels = namedtuple("Kernels", "attention fused", defaults=("math", ()))  # each operation's form; these are plain
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "math") -> Tensor:
@@ -772,35 +729,21 @@ def linear_leaky_square(x: Tensor, weight: Tensor, slope: float, fused: bool = F
 
 
 jit = triton.jit if triton else lambda kernel: kernel
-NLL_BLOCK = 1024  # logits of a row at a time
 TILE = dict(BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, num_warps=8, num_stages=3)
 
 
 @jit
-def softcapped(x, CAP: tl.constexpr):
-    """Return CAP * tanh(x / CAP), by the logistic function."""
-    return 2 * CAP * tl.sigmoid(2 * x / CAP) - CAP if CAP > 0 else x
-
-
-@jit
 def softcapped_nll_kernel(logits, targets, nll, slopes, V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr):
-    """Write a row's nll and its slopes, (p - [target]) dz/dx; a program a row (Milakov and Gimelshein 2018)."""
-    row = tl.program_id(0).to(tl.int64)
-    largest, total = tl.full((), -1e30, tl.float32), tl.full((), 0.0, tl.float32)
-    for start in range(0, V, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + row * V + column, mask=column < V, other=0.0).to(tl.float32)
-        z = tl.where(column < V, softcapped(x, CAP), -1e30)
-        new = tl.maximum(largest, tl.max(z, 0))
-        total = total * tl.exp(largest - new) + tl.sum(tl.exp(z - new), 0)
-        largest = new
-    log_sum, target = largest + tl.log(total), tl.load(targets + row)
-    tl.store(nll + row, log_sum - softcapped(tl.load(logits + row * V + target).to(tl.float32), CAP))
-    for start in range(0, V, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        z = softcapped(tl.load(logits + row * V + column, mask=column < V, other=0.0).to(tl.float32), CAP)
-        slope = tl.exp(z - log_sum) - tl.where(column == target, 1.0, 0.0)
-        tl.store(slopes + row * V + column, slope * (1 - (z / CAP) * (z / CAP) if CAP > 0 else 1.0), mask=column < V)
+    """Write a row's nll and its slopes, (p - [target]) dz/dx; a program a row, which is one block of registers."""
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    at, inside, hit = row * V + column, column < V, column == tl.load(targets + row)
+    x = tl.load(logits + at, mask=inside, other=0.0).to(tl.float32)
+    z = 2 * CAP * tl.sigmoid(2 * x / CAP) - CAP if CAP > 0 else x  # CAP * tanh(x / CAP)
+    largest = tl.max(tl.where(inside, z, -1e30), 0)
+    log_sum = largest + tl.log(tl.sum(tl.where(inside, tl.exp(z - largest), 0.0), 0))
+    tl.store(nll + row, log_sum - tl.sum(tl.where(hit, z, 0.0), 0))
+    slope = tl.exp(z - log_sum) - tl.where(hit, 1.0, 0.0)
+    tl.store(slopes + at, slope * (1 - (z / CAP) * (z / CAP) if CAP > 0 else 1.0), mask=inside)
 
 
 @jit
@@ -829,8 +772,11 @@ class SoftcappedNLL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, targets, cap):
-        nll, slopes = torch.empty(len(logits), device=logits.device), torch.empty_like(logits)
-        softcapped_nll_kernel[(len(logits),)](logits, targets, nll, slopes, logits.shape[1], cap, NLL_BLOCK)
+        n, vocab_size = logits.shape
+        nll, slopes = torch.empty(n, device=logits.device), torch.empty_like(logits)
+        block = 1 << (vocab_size - 1).bit_length()
+        warps = min(32, max(4, block // 512))
+        softcapped_nll_kernel[(n,)](logits, targets, nll, slopes, vocab_size, cap, block, num_warps=warps)
         ctx.save_for_backward(slopes)
         return nll
 
@@ -859,29 +805,20 @@ class LinearLeakySquare(torch.autograd.Function):
         return grad_product @ weight, grad_product.mT @ x, None
 
 
-@dataclass(frozen=True)
-class Kernels:
-    """Which form each operation has; the defaults are the plain ones."""
-
-    attention: str = "math"
-    fused: tuple[str, ...] = ()  # of "loss" and "mlp"
-
-
 @functools.cache
 @torch.enable_grad()  # also where the caller only predicts: what is chosen has to work both ways
 def choose_kernels(c: Config, device: torch.device) -> Kernels:
     """Return ATTENTION and KERNELS, each checked once against its plain form and replaced where it fails."""
     generator, dtype, n = torch.Generator().manual_seed(0), activation_dtype(c, device), 256
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
-
-    heads = c.num_heads, c.kv_heads, c.kv_heads
-    backend = choose_attention([random(1, min(c.train_seq_len, 4096), n, c.model_dim // c.num_heads) for n in heads], c)
+    seq_len, head_dim = min(c.train_seq_len, 4096), c.model_dim // c.num_heads
+    shapes = [(1, seq_len, heads, head_dim) for heads in (c.num_heads, c.kv_heads, c.kv_heads)]
+    shapes += [(n, c.vocab_size), (n, c.model_dim), (n, c.model_dim)]
+    drawn = (torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes)
+    *qkv, logits, x, weight = drawn
     targets = torch.randint(c.vocab_size, (n,), generator=generator).to(device)
     loss = functools.partial(softcapped_nll, targets=targets, cap=c.logit_softcap)
     mlp = functools.partial(linear_leaky_square, slope=c.leaky_slope)
-    inputs = dict(loss=[random(n, c.vocab_size)], mlp=[random(n, c.model_dim), random(n, c.model_dim)])
+    backend, inputs = choose_attention(qkv, c), dict(loss=[logits], mlp=[x, weight])
     runs_triton = triton and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
     forms = dict(loss=loss, mlp=mlp) if runs_triton else {}
     fused = [k for k in forms if k in c.kernels and agrees(f"KERNELS={k}", forms[k], dict(fused=True), inputs[k], c)]
@@ -1080,8 +1017,7 @@ class GPT(nn.Module):
         self.head = None if c.tie_embeddings else Linear(c.model_dim, c.vocab_size, role="table", init="zeros")
         frequency = c.rope_base ** -(torch.arange(c.rope_dims // 2).float() / max(1, c.rope_dims // 2))
         angle = torch.outer(torch.arange(max(c.train_seq_len, c.eval_seq_len)).float(), frequency)
-        self.register_buffer("cos", angle.cos(), persistent=False)
-        self.register_buffer("sin", angle.sin(), persistent=False)
+        self.register_buffer("rotary", torch.stack([angle.cos(), angle.sin()]), persistent=False)
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> GPT:
@@ -1096,15 +1032,14 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, keep: int = 0) -> Tensor:
         """Return float32 logits [B, T, V] after tokens [B, T] (of the last `keep` positions), or the targets' nll."""
-        assert tokens.shape[1] <= len(self.cos), "longer than TRAIN_SEQ_LEN and EVAL_SEQ_LEN"
+        assert tokens.shape[1] <= self.rotary.shape[1], "longer than TRAIN_SEQ_LEN and EVAL_SEQ_LEN"
         x = self.tok_emb(tokens).to(self.dtype)
         if self.bigram is not None:
             x = x + self.bigram(tokens, self.dtype)
         if self.smear is not None:
             x = self.smear(x, tokens)
         x = x0 = rms_norm(x)
-        rotary = (self.cos[: tokens.shape[1]], self.sin[: tokens.shape[1]])
-        v_first, v_extra, skips = None, {}, []
+        rotary, v_first, v_extra, skips = self.rotary[:, : tokens.shape[1]], None, {}, []
         if self.ve_layers:
             value = self.value_proj(self.value_emb(tokens).to(x.dtype))
             v_extra = {n: s.to(x.dtype) * value for n, s in zip(self.ve_layers, self.value_scale, strict=True)}
@@ -1180,7 +1115,6 @@ class Muon(torch.optim.Optimizer):
         shapes = sorted({p.shape for p in params}, key=lambda shape: (-shape.numel(), shape))
         self.banks = [[p for p in params if p.shape == shape] for shape in shapes]
 
-    @torch.no_grad()
     def reduce(self) -> list:
         """Begin to sum the gradients over ranks. Return by bank (this rank's shard, a function that waits)."""
         found = []
@@ -1196,15 +1130,12 @@ class Muon(torch.optim.Optimizer):
         momentum, self.gathered = self.param_groups[0]["momentum"], []
         for bank, shard in zip(self.banks, self.shards, strict=True):
             state = self.state[bank[0]]  # keyed by parameter: the bank's first
-            if not state:
-                state["momentum_shard"] = torch.zeros_like(shard)
-            buffer = state["momentum_shard"].mul_(momentum).add_(shard)
+            state["momentum_shard"] = buffer = momentum * state.get("momentum_shard", 0.0) + shard
             update = shard.add(buffer, alpha=momentum)  # Nesterov's
             if self.c.muon_row_norm:
                 update = F.normalize(update, dim=-1)
             self.gathered.append(self.dist.all_gather(zeropower(update, self.c.muon_backend_steps, self.dtype)))
 
-    @torch.no_grad()
     def apply(self) -> None:
         """Wait for the updates, decay the matrices and move them."""
         group = self.param_groups[0]
@@ -1221,8 +1152,7 @@ def clip_gradients(grads: list[Tensor], norm: Tensor, limit: float) -> Tensor:
     finite = norm.isfinite()
     scale = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
     for grad in grads:
-        grad.nan_to_num_(0.0, 0.0, 0.0)
-    torch._foreach_mul_(grads, torch.where(finite, scale, 0.0))
+        grad.mul_(scale).masked_fill_(~finite, 0.0)
     return ~finite
 
 
@@ -1262,12 +1192,11 @@ class WeightAverages:
     """EMA over all steps and SWA late in the warmdown, in float32: bfloat16 averages lose the updates (PR #2095)."""
 
     def __init__(self, model: GPT, c: Config):
-        self.params, self.c = list(model.parameters()), c
-        self.ema = [p.detach().clone() for p in self.params]
+        self.params, self.c = [p.detach() for p in model.parameters()], c  # the weights themselves, without gradient
+        self.ema = [p.clone() for p in self.params]
         self.swa = [torch.zeros_like(p) for p in self.params]
         self.swa_count = 0
 
-    @torch.no_grad()
     def update(self, step: int, late: bool) -> None:
         """Take in the weights after a step. The EMA decays faster at first, or a short run's is mostly its start."""
         decay = min(self.c.ema_decay, (1 + step) / (10 + step))
@@ -1278,7 +1207,7 @@ class WeightAverages:
 
     def candidates(self) -> dict[str, list[Tensor]]:
         """Return the weights to choose from: the last ones, each average, and the average of the averages."""
-        found = {"last": [p.detach().clone() for p in self.params], "ema": self.ema}
+        found = {"last": [p.clone() for p in self.params], "ema": self.ema}
         if self.swa_count:
             found["swa"] = self.swa
             found["ema+swa"] = [(e + s) / 2 for e, s in zip(self.ema, self.swa, strict=True)]
@@ -1288,16 +1217,7 @@ class WeightAverages:
 # ==================== Training ========================================================================================
 # The schedule, the loss with its three additions (complementary weights, CROWN-Q, late QAT), and the loop.
 
-
-@dataclass(frozen=True)
-class Schedule:
-    """The scheduled values of one step."""
-
-    lr_scale: float
-    muon_momentum: float
-    swa: bool = False
-    crown_q: bool = False
-    late_qat: bool = False
+Schedule = namedtuple("Schedule", "lr_scale muon_momentum swa crown_q late_qat", defaults=(False,) * 3)  # of one step
 
 
 def schedule(step: int, total: int, c: Config) -> Schedule:
@@ -1324,20 +1244,15 @@ def complement_weights(loader: TrainLoader, c: Config) -> Tensor | None:
     return (1 - c.complement_alpha * pairs / (pairs.sum(1, keepdim=True) + 1)).clamp(min=0.1)
 
 
-def crown_q_penalty(matrices: list[Tensor], bits: int) -> Tensor:
+def crown_q_penalty(banks: list[list[Tensor]], bits: int) -> Tensor:
     """Return the sum over rows of mean(w^2) * delta^2 / 12 with delta = row max / qmax (CROWN-Q, PR #693)."""
     # Rounding a row to multiples of delta costs an error of variance delta^2 / 12. The gradient goes through delta too.
-    # PR #700 detaches delta and takes the mean over a matrix: its lambda is divided by the number of rows here.
-    qmax, penalty = 2 ** (bits - 1) - 1, 0.0
-    for shape in {w.shape for w in matrices}:
-        bank = torch.stack([w for w in matrices if w.shape == shape])
-        penalty = penalty + (bank.square().mean(-1) * (bank.abs().amax(-1) / qmax).square() / 12).sum()
-    return penalty
+    qmax = 2 ** (bits - 1) - 1
+    return sum((w.square().mean(-1) * (w.abs().amax(-1) / qmax).square() / 12).sum() for w in map(torch.stack, banks))
 
 
-@contextmanager
 def late_qat(model: GPT, log2_step: float, c: Config):
-    """Run with every quantized parameter rounded to its nearest code; the compiled graph does not change."""
+    """Return a context that rounds each quantized parameter to its nearest code; the compiled graph does not change."""
     # Applied to the float weights, a gradient taken here is the straight-through estimator (Bengio et al. 2013).
     kinds, rounded = defaultdict(list), []
     for p in quantized_parameters(model).values():
@@ -1347,15 +1262,12 @@ def late_qat(model: GPT, log2_step: float, c: Config):
         grid = int6_grid(w, role, None, log2_step, c)
         steps = grid.steps()
         rounded += (grid.nearest(w, steps) * steps).split([len(p) for p in ps])
-    with weights_replaced(sum(kinds.values(), []), rounded):
-        yield
+    return weights_replaced(sum(kinds.values(), []), rounded)
 
 
 def micro_batches(batch: Tensor, c: Config):
-    """Yield a rank's sequences [n, T + 1] as pairs of inputs and targets that fit one forward pass."""
-    for micro in batch.split(max(1, c.micro_batch_tokens // c.train_seq_len)):
-        if len(micro):
-            yield micro[:, :-1], micro[:, 1:]
+    """Return a rank's sequences [n, T + 1] as pairs of inputs and targets that fit one forward pass."""
+    return [(x[:, :-1], x[:, 1:]) for x in batch.split(max(1, c.micro_batch_tokens // c.train_seq_len)) if len(x)]
 
 
 def accumulate_gradients(called, batch: Tensor, weights: Tensor | None, c: Config) -> Tensor:
@@ -1389,7 +1301,7 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
     warm_up(model, called, c, dist)
     optimizers = Optimizers(model, c, dist)
     clock, averages = Clock(dist), WeightAverages(model, c)
-    weights, matrices = complement_weights(loader, c), list(by_role(model, "matrix").values())
+    weights, banks = complement_weights(loader, c), optimizers.muon.banks
     budget = max(0.0, c.max_wallclock_seconds - c.reserve_seconds)
     step, total, elapsed, log2_step, was = 0, c.iterations, 0.0, 0.0, Schedule(0.0, 0.0)
     if c.resume:
@@ -1406,12 +1318,12 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
         with late_qat(model, log2_step, c) if now.late_qat else nullcontext():
             nll = accumulate_gradients(called, loader.batch(step), weights, c)
         if now.crown_q:
-            (c.crown_q_lambda / dist.world_size * crown_q_penalty(matrices, c.quant_bits)).backward()  # ranks add up
+            (c.crown_q_lambda / dist.world_size * crown_q_penalty(banks, c.quant_bits)).backward()  # ranks add up
         optimizers.step(now)
         averages.update(step, now.swa)
         step, was = step + 1, now
         if c.checkpoint_every and step % c.checkpoint_every == 0:
-            save_checkpoint((step, log2_step, clock.seconds()), model, optimizers, averages, c, dist)
+            save_checkpoint((step, log2_step, clock.seconds()), model, optimizers, averages, c)
         # The ranks agree on the clock every tenth step, and on every step near the end; between, the host runs ahead.
         if budget and (step <= 10 or step % 10 == 0 or total - step < 20):
             before, elapsed = elapsed, clock.seconds()
@@ -1436,15 +1348,13 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
     return averages, clock, dict(record, step_avg_ms=round(1000 * elapsed / step, 3), seconds=elapsed)
 
 
-def save_checkpoint(
-    position: tuple, model: GPT, optimizers: Optimizers, averages: WeightAverages, c: Config, dist: Dist
-):
+def save_checkpoint(position: tuple, model: GPT, optimizers: Optimizers, averages: WeightAverages, c: Config) -> None:
     """Write this rank's part of all that training goes on from; position: (step, log2_step, seconds)."""
-    state = dict(position=position, world_size=dist.world_size, weights=model.state_dict())
+    state = dict(position=position, world_size=optimizers.dist.world_size, weights=model.state_dict())
     state |= dict(muon=optimizers.muon.state_dict(), adam=optimizers.adam.state_dict(), skipped=optimizers.skipped)
     state |= {name: getattr(averages, name) for name in ("ema", "swa", "swa_count")}
     torch.save(state, buffer := io.BytesIO())
-    write_atomically(Path(f"{c.log_dir}/{c.run_id}.{dist.rank}.checkpoint"), buffer.getvalue())
+    write_atomically(Path(f"{c.log_dir}/{c.run_id}.{optimizers.dist.rank}.checkpoint"), buffer.getvalue())
 
 
 def load_checkpoint(model: GPT, optimizers: Optimizers, averages: WeightAverages, c: Config, dist: Dist) -> tuple:
@@ -1452,15 +1362,14 @@ def load_checkpoint(model: GPT, optimizers: Optimizers, averages: WeightAverages
     path = f"{c.resume}.{dist.rank}.checkpoint"
     with refusing(f"RESUME={c.resume}: {path} is no checkpoint of such a model"):
         state = torch.load(path, dist.device, weights_only=True)
-        found = f"step {state['position'][0]} of {state['world_size']} ranks"
         model.load_state_dict(state["weights"])
-        for part in ("muon", "adam"):
-            getattr(optimizers, part).load_state_dict(state[part])
+        optimizers.muon.load_state_dict(state["muon"])
+        optimizers.adam.load_state_dict(state["adam"])
         optimizers.skipped.copy_(state["skipped"])
-        for name in ("ema", "swa", "swa_count"):
-            setattr(averages, name, state[name])
-        if state["world_size"] != dist.world_size or dist.max(state["position"][0]) > state["position"][0]:
-            raise InputError(f"RESUME={c.resume}: {path} is of {found}; allowed is one step of {dist.world_size} ranks")
+        averages.ema, averages.swa, averages.swa_count = (state[name] for name in ("ema", "swa", "swa_count"))
+        step, n_ranks = state["position"][0], state["world_size"]
+        if n_ranks != dist.world_size or dist.max(step) > step:
+            raise ValueError(f"of step {step} of {n_ranks} ranks; allowed is one step of {dist.world_size} ranks")
     return state["position"]
 
 
@@ -1472,8 +1381,8 @@ def log_step(step: int, losses: str, elapsed: float, c: Config) -> None:
 @torch.no_grad()
 def held_out_loss(called, loader: TrainLoader, c: Config, dist: Dist) -> float:
     """Return the nll per token on the held-out spans that averages are chosen on, over all ranks."""
-    nll = torch.zeros((), device=dist.device)
-    for inputs, targets in micro_batches(loader.averaging_rows(), c):
+    nll, mine = torch.zeros((), device=dist.device), loader.held[dist.share(loader.averaging)]
+    for inputs, targets in micro_batches(mine.to(dist.device), c):
         nll += called(inputs, targets).sum()
     return dist.sum(nll).item() / (loader.averaging * c.train_seq_len)
 
@@ -1485,7 +1394,7 @@ def choose_average(model: GPT, averages: WeightAverages, loader: TrainLoader, c:
         with weights_replaced(averages.params, weights):
             losses[name] = held_out_loss(called, loader, c, dist)
     best = min(losses, key=losses.get)
-    torch._foreach_copy_([p.detach() for p in averages.params], candidates[best])
+    torch._foreach_copy_(averages.params, candidates[best])
     log.info("averages: " + " ".join(f"{name}:{loss:.5f}" for name, loss in losses.items()) + f" chosen:{best}")
 
 
@@ -1570,13 +1479,10 @@ class HessianInfo:
 
 def hessian_info(squares: Tensor, xtx: Tensor | None = None) -> HessianInfo:
     """Return the info of a table from its squared gradients [rows, cols], and of a linear map from X^T X too."""
-
-    def floored(x: Tensor) -> Tensor:  # a row without gradient here may get some elsewhere
-        return x + 1e-3 * x.mean().clamp(min=1e-30)
-
+    squares = squares + 1e-3 * squares.mean().clamp(min=1e-30)  # a row without gradient here may get some elsewhere
     if xtx is None:
-        scale = squares.mean().clamp(min=1e-30).sqrt()
-        return HessianInfo(floored(squares.mean(1) / scale), floored(squares.mean(0) / scale))
+        scale = squares.mean().sqrt()
+        return HessianInfo(squares.mean(1) / scale, squares.mean(0) / scale)
     # The curvature is taken for (gradients' power) x (X^T X), as in K-FAC (arXiv 1503.05671). A column's sensitivity is
     # what the columns that GPTQ rounds after it cannot make up for: 1 / (its diagonal of hinv_chol)^2.
     order = xtx.diagonal().argsort(descending=True, stable=True)
@@ -1584,7 +1490,7 @@ def hessian_info(squares: Tensor, xtx: Tensor | None = None) -> HessianInfo:
     h.diagonal().add_(0.01 * h.diagonal().mean().clamp(min=1e-12))  # GPTQ's damping
     hinv_chol = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True).float()
     unexplained = hinv_chol.diagonal().square().reciprocal()[order.argsort()]
-    return HessianInfo(floored(squares.sum(1) / xtx.diagonal().sum().clamp(min=1e-12)), unexplained, order, hinv_chol)
+    return HessianInfo(squares.sum(1) / xtx.diagonal().sum().clamp(min=1e-12), unexplained, order, hinv_chol)
 
 
 def measure_hessians(model: GPT, batch: Tensor, dist: Dist) -> dict[str, HessianInfo]:
@@ -1607,13 +1513,11 @@ def measure_hessians(model: GPT, batch: Tensor, dist: Dist) -> dict[str, Hessian
     model.zero_grad()
     for handle in handles:
         handle.remove()
-    found = {}
-    for name in params:
-        sums = [dist.sum(x[name]) for x in (squares, xtx) if name in x]
-        if not all(bool(x.isfinite().all()) for x in sums):
+    sums = {name: [dist.sum(x[name]) for x in (squares, xtx) if name in x] for name in params}
+    for name, found in sums.items():
+        if not all(x.isfinite().all() for x in found):
             raise InputError(f"weight {name}: its inputs or gradients on training text are not finite")
-        found[name] = hessian_info(*sums)
-    return found
+    return {name: hessian_info(*found) for name, found in sums.items()}
 
 
 def gptq(ws: list[Tensor], grids: list[Grid], infos: list[HessianInfo]) -> list[Tensor]:
@@ -1650,12 +1554,11 @@ def quantize(model: GPT, infos: dict[str, HessianInfo], log2_step: float, c: Con
     return {name: (codes[name].to(torch.int8).cpu(), grids[name].cpu()) for name in params}
 
 
-@torch.no_grad()
 def load_codes(model: GPT, quantized: Quantized) -> None:
     """Put an artifact's quantized weights into the model; the scalars stay as they are."""
     for name, p in quantized_parameters(model).items():
         codes, grid = quantized[name]
-        p.copy_(codes * grid.steps())
+        p.detach().copy_(codes * grid.steps())
 
 
 LEAST_BITS = 1.2  # entropy of a Gaussian weight at a step of two standard deviations, the coarsest
@@ -1723,19 +1626,11 @@ def fit_to_size(model: GPT, infos: dict[str, HessianInfo], net: BiasNet, c: Conf
 # The container: a prefix, a sha256 of all but itself, a JSON header, and the parts one after the other.
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 5
 PREFIX = struct.Struct("<5sBI")  # magic, version, header bytes
-PARTS = "scales", "rows", "columns", "caps", "frequencies", "codes", "float16", "mixer"
 # Codes hardly repeat: the cheapest match finder costs no byte and a sixth of preset 9e's time (logs/lzma_filters.txt).
 LZMA = dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=0, pb=0, dict_size=4096, mf=lzma.MF_HC4, nice_len=273, depth=1)
 # At full size the codes take five seconds (logs/plan_h100.txt); the export packs them again with the fitted mixer.
 compress = functools.lru_cache(32)(functools.partial(lzma.compress, format=lzma.FORMAT_RAW, filters=[LZMA]))
-
-
-def decompress(data: bytes, n_bytes: int) -> bytes:
-    """Return the n_bytes that `compress` was given. Raise ValueError where the data hold more or fewer."""
-    found = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[LZMA]).decompress(data, n_bytes + 1)
-    if len(found) != n_bytes:
-        raise ValueError(f"{len(data)} bytes of LZMA do not hold {n_bytes}")
-    return found
+decompress = functools.partial(lzma.decompress, format=lzma.FORMAT_RAW, filters=[LZMA])
 
 
 def as_bytes(tensors) -> bytes:
@@ -1778,20 +1673,17 @@ def read_artifact(path: str | Path) -> tuple[dict, dict[str, bytes]]:
     """Return (header with the file's size and sha256, parts as stored). Raise InputError if the file was altered."""
     with refusing(f"ARTIFACT_PATH={path}: not an artifact of this script"):
         data = Path(path).read_bytes()
-        if len(data) < PREFIX.size or data[: len(ARTIFACT_MAGIC)] != ARTIFACT_MAGIC:
-            raise InputError(f"ARTIFACT_PATH={path}: not an artifact; it must begin with {ARTIFACT_MAGIC.decode()}")
-        _, version, header_bytes = PREFIX.unpack_from(data)
-        if version != ARTIFACT_VERSION:
-            raise InputError(f"ARTIFACT_PATH={path}: version {version}; allowed is {ARTIFACT_VERSION}")
+        magic, version, header_bytes = PREFIX.unpack_from(data)
+        if (magic, version) != (ARTIFACT_MAGIC, ARTIFACT_VERSION):
+            raise ValueError(f"{magic} of version {version}; allowed is {ARTIFACT_VERSION} of {ARTIFACT_MAGIC}")
         digest, body = data[PREFIX.size : PREFIX.size + 32], data[PREFIX.size + 32 :]
         if hashlib.sha256(data[: PREFIX.size] + body).digest() != digest:
-            raise InputError(f"ARTIFACT_PATH={path}: checksum differs; the file is truncated or altered")
+            raise ValueError("its checksum differs: it is truncated or altered")
         header = json.loads(body[:header_bytes]) | dict(file_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
         ends = np.cumsum([header_bytes, *header["parts"].values()]).tolist()
-        if ends != sorted(ends) or ends[-1] != len(body):
-            raise InputError(f"ARTIFACT_PATH={path}: parts that end at {ends[-1]}; allowed is {len(body)}, the end")
-        if not header["tokenizer"].isalnum() or not set(header["parts"]) <= set(PARTS):  # both go to logs and messages
-            raise InputError(f"ARTIFACT_PATH={path}: other parts than {', '.join(PARTS)}, or no tokenizer's sha256")
+        names = header["tokenizer"], *header["parts"]  # they go to logs and messages
+        if ends != sorted(ends) or ends[-1] != len(body) or not all(map(str.isalnum, names)):
+            raise ValueError(f"its parts end at {ends[-1]} of {len(body)} bytes, or a name is none")
         return header, {part: body[a:b] for part, a, b in zip(header["parts"], ends, ends[1:], strict=False)}
 
 
@@ -1799,11 +1691,9 @@ def with_artifact(c: Config, header: dict, env: dict[str, str]) -> Config:
     """Return the settings with the artifact's own. Raise InputError where the environment asks for another model."""
     fields = [(f, mark) for f in dataclasses.fields(c) for mark in ("shape", "score") if f.metadata[mark]]
     asked = {name for name in c.marked("score") if name.upper() in env}
-    try:
+    with refusing(f"ARTIFACT_PATH={c.artifact_path}: its settings are not this script's"):
         kept = {f.name: parse(f, show(header[mark][f.name])) for f, mark in fields}  # other names are ignored
         loaded = dataclasses.replace(c, **{name: value for name, value in kept.items() if name not in asked})
-    except Exception as error:
-        raise InputError(f"ARTIFACT_PATH={c.artifact_path}: its settings are not this script's ({error})") from None
     for name, value in c.marked("shape").items():
         if name.upper() in env and value != kept[name]:
             raise InputError(f"{name.upper()}={show(value)}: the artifact's model has {show(kept[name])}")
@@ -1813,20 +1703,14 @@ def with_artifact(c: Config, header: dict, env: dict[str, str]) -> Config:
 @refusing("ARTIFACT_PATH: not an artifact of this script")
 def unpack(parts: dict[str, bytes], c: Config, device: torch.device) -> tuple[GPT, BiasNet]:
     """Return the model and the mixer that an artifact's parts hold. Raise InputError where they are none."""
-    with torch.device("meta"):  # takes no memory
-        empty = GPT(c)
-    numbers = sum(x.numel() for x in (*empty.parameters(), *empty.buffers()))
-    if numbers > 32 * (n_bytes := sum(map(len, parts.values()))) + 2**24:  # less than a quarter of a bit a weight
-        raise InputError(f"ARTIFACT_PATH={c.artifact_path}: a model of {numbers} numbers in {n_bytes} bytes")
-    model, net = make_model(c, device), BiasNet(c)
-    quantized = quantized_parameters(model)
+    with torch.device("meta"):  # takes no memory: the parts have to fill the model before it is made
+        quantized = quantized_parameters(GPT(c))
     shapes = [p.shape for p in quantized.values()]
 
     def read(part: str, dtype: str, shapes: list, packed: bool = True) -> list[Tensor]:
-        sizes = [math.prod(shape) for shape in shapes]
-        raw = decompress(parts[part], sum(sizes) * np.dtype(dtype).itemsize) if packed else parts[part]
-        numbers = torch.from_numpy(np.frombuffer(raw, dtype).copy())
-        return [x.view(s) for x, s in zip(numbers.split(sizes), shapes, strict=True)]
+        raw = decompress(parts[part]) if packed else parts[part]
+        numbers = torch.from_numpy(np.frombuffer(raw, dtype).copy()).split([math.prod(shape) for shape in shapes])
+        return [x.view(shape) for x, shape in zip(numbers, shapes, strict=True)]
 
     scales = read("scales", "<f2", [(n if c.quant == "int6" else 1,) for n, _ in shapes])
     rows, caps = (read(part, "i1", [(n,) for n, _ in shapes]) for part in ("rows", "caps"))
@@ -1837,6 +1721,7 @@ def unpack(parts: dict[str, bytes], c: Config, device: torch.device) -> tuple[GP
         tables = np.frombuffer(as_bytes(grid.exponents() for grid in grids), dtype=np.uint8)
         parts = {**parts, "codes": rans_decode(parts["codes"], tables, frequencies).tobytes()}
     codes = read("codes", "i1", shapes, packed=c.codec == "lzma")
+    model, net = make_model(c, device), BiasNet(c)
     load_codes(model, dict(zip(quantized, zip(codes, grids, strict=True), strict=True)))
     for part, params in (("float16", list(by_role(model, "scalar").values())), ("mixer", list(net.parameters()))):
         stored = read(part, "<f2", [p.shape for p in params], packed=part == "float16")
@@ -1874,8 +1759,6 @@ def rans_encode(values: np.ndarray, tables: np.ndarray, frequencies: np.ndarray)
 
 def rans_decode(data: bytes, tables: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
     """Return the uint8 [n] that `rans_encode` was given."""
-    if (frequencies.sum(1) != 1 << RANS_BITS).any():
-        raise ValueError("frequencies that do not sum to one")
     frequency, first = (x.ravel().astype(np.uint64) for x in (frequencies, frequencies.cumsum(1) - frequencies))
     value_at = np.tile(np.arange(256, dtype=np.uint8), len(frequencies)).repeat(frequencies.ravel())
     state = np.frombuffer(data[: 4 * RANS_LANES], dtype="<u4").astype(np.uint64)
@@ -1913,7 +1796,7 @@ def quant_label(c: Config) -> str:
     return f"int{c.quant_bits}" if c.quant == "int6" else c.quant
 
 
-def size_record(path: Path, header: dict, c: Config) -> dict:
+def size_record(path: str, header: dict, c: Config) -> dict:
     """Log script and artifact by part against the cap. Return them for the record."""
     code_bytes, model_bytes, label = os.path.getsize(__file__), header["file_bytes"], f"{quant_label(c)}+{c.codec}"
     total = code_bytes + model_bytes
@@ -1998,31 +1881,21 @@ class HashChains:
         self.ahead = inputs.clone(), hashes, begins  # the caller may go on to write in its own
         return hashes, begins
 
-    def chain(self, rows: slice):
-        """Yield earlier positions with each row's contexts, newest first: int64 [orders so deep, m]; -1 = none."""
-        at = torch.arange(self.seen + rows.start, self.seen + rows.stop, device=self.tokens.device)
-        order = torch.arange(len(self.orders), device=at.device).unsqueeze(1)
-        at = at.expand(len(order), -1)
-        for link in range(self.max_chains[0]):
-            longer = sum(length > link for length in self.max_chains)
-            linked = self.prev[order[:longer], at[:longer]].long() - 1
-            at = torch.where(at[:longer] >= 0, linked, -1)
-            yield at
-
     def candidates(self, inputs: Tensor, rows: slice, logp: Tensor) -> Candidates:
         """Return the tokens that followed the contexts that end at inputs[rows]; logp [m, V]: the neural rows."""
         m, vocab_size, n_orders = rows.stop - rows.start, self.c.vocab_size, len(self.orders)
-        begins = self.look_ahead(inputs)[1][rows]
-        order = torch.arange(n_orders, device=inputs.device).unsqueeze(1)
-        first_cell = vocab_size * torch.arange(m, device=inputs.device)
-        cells, columns = [], []
-        for position in self.chain(rows):
+        begins, row = self.look_ahead(inputs)[1][rows], torch.arange(m, device=inputs.device)
+        position, first_cell = (self.seen + rows.start + row).expand(n_orders, -1), vocab_size * row
+        order, cells, columns = torch.arange(n_orders, device=inputs.device).unsqueeze(1), [], []
+        for link in range(self.max_chains[0]):  # from a row's own position to ever earlier ones; -1 = none
+            order = order[: sum(length > link for length in self.max_chains)]
+            linked = self.prev[order, position[: len(order)]].long() - 1
+            position = torch.where(position[: len(order)] >= 0, linked, -1)
             earlier = position < begins
             # Order 1 counts in this document only: over all of them it adds candidates and hardly any information.
-            used = (position >= 0) & ~(earlier & (order[: len(position)] == 0))
-            token = self.tokens[position + 1].long()
-            cells.append((first_cell + token)[used])
-            columns.append((order[: len(position)] + n_orders * earlier)[used])
+            used = (position >= 0) & ~(earlier & (order == 0))
+            cells.append((first_cell + self.tokens[position + 1])[used])
+            columns.append((order + n_orders * earlier)[used])
         column = torch.cat(columns)
         cell, entry = torch.cat(cells).unique(return_inverse=True)
         row, token = cell // vocab_size, cell % vocab_size
@@ -2050,7 +1923,7 @@ class HashChains:
 class RowBlock:
     """What a mixer may use for a block of rows of a chunk: all of it known before the block's last target."""
 
-    inputs: Tensor  # int64 [n], the chunk's
+    inputs: Tensor  # int64 [rows.stop], the chunk's up to the block's last
     rows: slice  # of the chunk, all ranks'
     mine: slice  # this rank's part of them
     logp: Tensor | None  # the neural rows, float32 [m, V]; dropped once they are mixed
@@ -2059,24 +1932,17 @@ class RowBlock:
 
 
 class Mixer:
-    """Rows in, one row out. `mix` leaves all state alone; `learn` takes in a scored chunk."""
+    """Rows in, one row out: here the network's as they are. `mix` leaves all state alone, `learn` takes in a chunk."""
 
     def __init__(self, c: Config, dist: Dist, net: BiasNet):
         self.c, self.dist = c, dist
 
     def mix(self, block: RowBlock) -> Tensor:
         """Return log-probabilities float32 [m, V] of the tokens that follow the block's inputs."""
-        raise NotImplementedError
+        return block.logp
 
     def learn(self, tokens: Tensor, blocks: list[RowBlock]) -> None:
         """Learn from a scored chunk: tokens [n + 1] and its blocks in order."""
-
-
-class Neural(Mixer):
-    """The network's rows as they are."""
-
-    def mix(self, block: RowBlock) -> Tensor:
-        return block.logp
 
 
 class Flat(Mixer):
@@ -2190,21 +2056,17 @@ class BiasNet(nn.Module):
         for p, limit in zip(self.parameters(), (bound, bound, 0.0, 0.0), strict=True):
             nn.init.uniform_(p, -limit, limit, generator=generator)
 
-    @staticmethod
-    def features(candidates: Candidates, entries: slice) -> Tensor:
-        """Return [entries, 6 orders + 1]: (frequency, log-count, whether seen) x (all, this document) x order; logp."""
-        row, logp = candidates.row[entries], candidates.logp[entries]
-        counts, totals = candidates.counts[entries].to(logp), candidates.totals[row].to(logp)
-        counts, totals = (torch.stack([x.sum(1), x[:, 0]], dim=1) for x in (counts, totals))
-        known = torch.stack([counts / (totals + 0.5), 0.5 * counts.log1p(), (totals > 0).to(counts)], dim=1)
-        return torch.cat([known.flatten(1), 0.25 * logp.unsqueeze(1)], dim=1)
-
     def forward(self, candidates: Candidates) -> Tensor:
         """Return b(a) of each entry, in nats."""
         n, found = len(candidates.logp), [candidates.logp.new_empty(0)]
         block = self.CUDA_BLOCK if candidates.logp.is_cuda else self.BLOCK
         for start in range(0, n, block):
-            features = self.features(candidates, slice(start, min(start + block, n)))
+            row, logp = candidates.row[start : start + block], candidates.logp[start : start + block]
+            counts, totals = candidates.counts[start : start + block].to(logp), candidates.totals[row].to(logp)
+            counts, totals = (torch.stack([x.sum(1), x[:, 0]], dim=1) for x in (counts, totals))
+            # Features: (frequency, log-count, whether seen) x (all, this document) x order; logp.
+            known = torch.stack([counts / (totals + 0.5), 0.5 * counts.log1p(), (totals > 0).to(counts)], dim=1)
+            features = torch.cat([known.flatten(1), 0.25 * logp.unsqueeze(1)], dim=1)
             padded = F.pad(features, (0, 0, 0, block - len(features)))
             found.append(self.out(F.gelu(self.hidden(padded))).squeeze(1).clamp(*self.LIMITS))
         return torch.cat(found)[:n]
@@ -2270,19 +2132,17 @@ class Hedge(Mixer):
         self.log_w = torch.full((len(self.experts),), -math.log(len(self.experts)), dtype=torch.float64)
 
     def mix(self, block: RowBlock) -> Tensor:
-        rows, mine, inputs = block.rows, block.mine, block.inputs
-        logps = [expert.mix(block) for expert in self.experts.values()]
-        known = slice(mine.start, min(mine.stop, rows.stop - 1))  # rows whose next token is an input of this block
-        target = inputs[known.start + 1 : known.stop + 1].unsqueeze(1)
+        inputs, logps = block.inputs[block.rows], [expert.mix(block) for expert in self.experts.values()]
+        mine = slice(block.mine.start - block.rows.start, block.mine.stop - block.rows.start)
+        target = inputs[1:][mine].unsqueeze(1)  # the last row's is no input of this block
         gains = torch.cat([logp[: len(target)].gather(1, target) for logp in logps], dim=1).double()
-        part = slice(known.start - rows.start, known.stop - rows.start)
-        gains = self.dist.gather(gains, part, rows.stop - rows.start - 1)
-        log_w = self.log_w if block.carry is None else self.close(block.carry, inputs[rows.start])
+        gains = self.dist.gather(gains, mine, len(inputs) - 1)
+        log_w = self.log_w if block.carry is None else self.close(block.carry, inputs[0])
         log_w = hedge_weights(log_w, gains, self.c.hedge_eta, self.c.hedge_share)
-        is_owner = mine.stop == rows.stop  # of the last row, which all ranks need
+        is_owner = mine.stop == len(inputs)  # of the last row, which all ranks need
         open_row = torch.stack([logp[-1] if is_owner else logp.new_zeros(logp.shape[1]) for logp in logps])
         block.carry = log_w[-1], self.dist.sum(open_row)
-        weights = log_w[mine.start - rows.start : mine.stop - rows.start].softmax(1).to(block.logp.device)
+        weights = log_w[mine].softmax(1).to(block.logp.device)
         mixed = sum(weights[:, k : k + 1] * logp.double().exp() for k, logp in enumerate(logps))
         return mixed.log().float()
 
@@ -2298,7 +2158,8 @@ class Hedge(Mixer):
             expert.learn(tokens, blocks)
 
 
-MIXERS = {x.__name__.lower(): x for x in (Neural, Flat, Unigram, Bigram, Trigram, Backoff, Tilt, Maxent, Hedge)}
+MIXERS = {x.__name__.lower(): x for x in (Flat, Unigram, Bigram, Trigram, Backoff, Tilt, Maxent, Hedge)}
+MIXERS["neural"] = Mixer
 CALIBRATION_STEPS, CALIBRATION_LR = 512, 0.03
 
 
@@ -2328,6 +2189,8 @@ def calibrate(model: GPT, net: BiasNet, loader: TrainLoader, c: Config, dist: Di
 # stride of rows, whatever the chunk's length. About K + 4 of them live at a time with K experts.
 BLOCK_CELLS = 2**25
 SUM_TOLERANCE = 1e-5  # of a row in float32; the largest of a pass is below 1e-6
+# Of a pass: nll of every position, float64 [N]; its mean; bits per byte; the largest |sum of a row - 1|.
+Score = namedtuple("Score", "nll val_loss val_bpb max_sum_error seconds")
 
 
 class SlidingWindow:
@@ -2349,10 +2212,7 @@ class SlidingWindow:
 
     @torch.no_grad()
     def predict(self, inputs: Tensor, rows: slice) -> dict[str, Tensor]:
-        """Return by stage the log-probabilities float32 [m, V] of the tokens that follow this rank's share of the rows.
-
-        inputs: token ids [n] of a chunk. rows: the part of the chunk that all ranks predict now.
-        """
+        """Return by stage float32 log-probabilities [m, V] of what follows this rank's share of a chunk's rows."""
         mine, seq_len = self.share(rows), self.c.eval_seq_len
         logp = torch.empty(mine.stop - mine.start, self.c.vocab_size, device=inputs.device)
         if not len(logp):
@@ -2393,23 +2253,19 @@ class Deadline:
         self.adapted, self.learned, self.before, self.scored = 0, 0.0, 0.0, deque(maxlen=self.LATEST)
 
     def allows(self) -> bool:
-        """Return whether to adapt to the chunk that has just been scored."""
-        self.left -= 1
-        if self.stop_after is None:
-            now = self.clock.seconds()
-            self.scored.append(now - self.before)
-            needed = self.learned + self.left * statistics.median_low(self.scored)
-            if len(self.scored) >= self.LEAST and now + needed > 0.97 * self.seconds:
-                self.stop_after = self.adapted
-                log.info(f"ttt_stop: after {self.adapted} chunks, with {self.left} chunks left to score")
+        """Return whether to adapt to the chunk that has just been scored; `adapt` says when that is done."""
+        self.left, began, self.before = self.left - 1, self.before, self.clock.seconds()
+        self.scored.append(self.before - began)
+        needed = self.learned + self.left * statistics.median_low(self.scored)
+        late = len(self.scored) >= self.LEAST and self.before + needed > 0.97 * self.seconds
+        if self.stop_after is None and late:
+            self.stop_after = self.adapted
+            log.info(f"ttt_stop: after {self.adapted} chunks, with {self.left} chunks left to score")
         return self.stop_after is None or self.adapted < self.stop_after
 
-    @contextmanager
-    def adapting(self):
-        """Count and time an adaptation."""
-        began = self.clock.seconds()
-        yield
-        self.adapted, self.before = self.adapted + 1, self.clock.seconds()
+    def adapt(self) -> None:
+        """Count and time an adaptation that has just ended."""
+        began, self.before, self.adapted = self.before, self.clock.seconds(), self.adapted + 1
         self.learned = self.before - began
 
 
@@ -2434,15 +2290,15 @@ class TTT(SlidingWindow):
     def update(self, tokens: Tensor) -> None:
         """Train on a scored chunk [n + 1] for TTT_EPOCHS, in time, and move past it."""
         if self.deadline.allows():
-            with self.deadline.adapting():
-                # A cosine over a stream length that is a setting: no prediction knows the real length.
-                part = min(1.0, self.seen / (self.c.ttt_cosine_tokens or math.inf))
-                self.optimizer.param_groups[0]["lr"] = self.c.ttt_lr * 0.5 * (1 + math.cos(math.pi * part))
-                sequences = self.training_sequences(tokens)
-                batch_seqs = max(1, self.c.ttt_batch_tokens // self.c.train_seq_len)
-                for _ in range(self.c.ttt_epochs):
-                    for batch in zip(*(x.split(batch_seqs) for x in sequences), strict=True):
-                        self.step(*batch)
+            # A cosine over a stream length that is a setting: no prediction knows the real length.
+            part = min(1.0, self.seen / (self.c.ttt_cosine_tokens or math.inf))
+            self.optimizer.param_groups[0]["lr"] = self.c.ttt_lr * 0.5 * (1 + math.cos(math.pi * part))
+            sequences = self.training_sequences(tokens)
+            batch_seqs = max(1, self.c.ttt_batch_tokens // self.c.train_seq_len)
+            for _ in range(self.c.ttt_epochs):
+                for batch in zip(*(x.split(batch_seqs) for x in sequences), strict=True):
+                    self.step(*batch)
+            self.deadline.adapt()
         super().update(tokens)
 
     def training_sequences(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -2474,41 +2330,34 @@ class TTT(SlidingWindow):
 class MixedTTT:
     """The rows of test-time training, mixed with what the stream so far holds."""
 
-    stages = ("ttt", "mixed")
-
     def __init__(self, neural: SlidingWindow, mixer: Mixer, c: Config, dist: Dist):
-        self.neural, self.mixer, self.dist = neural, mixer, dist
+        self.stages, self.neural, self.mixer, self.dist = ("ttt", "mixed"), neural, mixer, dist
         self.stride, self.block_rows, self.share = neural.stride, neural.block_rows, neural.share
         self.chains = HashChains(c, dist.device)
-        self.made: dict[int, RowBlock] = {}  # by rows.stop: kept until `update` as long as the inputs seen stay
+        self.made: list[RowBlock] = []  # of the chunk, in order; a block is made again for other inputs
 
     def predict(self, inputs: Tensor, rows: slice) -> dict[str, Tensor]:
         """Return by stage the log-probabilities [m, V] of the tokens that follow this rank's share of the rows."""
-        self.forget_other(inputs)
-        if rows.start and rows.start not in self.made:  # the mixer's carry comes from the rows before
-            before = max((stop for stop in self.made if stop < rows.start), default=0)
-            self.predict(inputs, slice(before, rows.start))
+        kept = [block for block in self.made if block.rows.stop <= rows.start]
+        self.made = [block for block in kept if torch.equal(block.inputs, inputs[: block.rows.stop])]
+        done, carry = (self.made[-1].rows.stop, self.made[-1].carry) if self.made else (0, None)
+        if done < rows.start:  # the mixer's carry comes from the rows before
+            self.predict(inputs, slice(done, rows.start))
+            carry = self.made[-1].carry
         logp, mine = self.neural.predict(inputs, rows)["ttt"], self.share(rows)
         candidates = self.chains.candidates(inputs, mine, logp)
-        carry = self.made[rows.start].carry if rows.start else None
-        self.made[rows.stop] = block = RowBlock(inputs.clone(), rows, mine, logp, candidates, carry)
+        self.made.append(block := RowBlock(inputs[: rows.stop].clone(), rows, mine, logp, candidates, carry))
         mixed, block.logp = self.mixer.mix(block), None
         return {"ttt": logp, "mixed": mixed}
 
-    def forget_other(self, inputs: Tensor) -> None:
-        """Drop the blocks that were made of other inputs."""
-        self.made = {stop: x for stop, x in self.made.items() if torch.equal(x.inputs[:stop], inputs[:stop])}
-
     def update(self, tokens: Tensor) -> None:
         """Learn from a scored chunk: tokens [n + 1], its inputs and its last target."""
-        self.forget_other(tokens[:-1])
         parts = list(row_slices(len(tokens) - 1, self))
-        if [part for part in parts if part.stop not in self.made or self.made[part.stop].rows != part]:
-            self.made = {}  # in other blocks than `score` uses
-            for rows in parts:
+        if [block.rows for block in self.made] != parts or not torch.equal(self.made[-1].inputs, tokens[:-1]):
+            for rows in parts:  # others than those that `score` asked for
                 self.predict(tokens[:-1], rows)
-        self.mixer.learn(tokens, [self.made[rows.stop] for rows in parts])
-        self.made = {}
+        self.mixer.learn(tokens, self.made)
+        self.made = []
         self.chains.update(tokens)
         self.neural.update(tokens)
 
@@ -2525,17 +2374,6 @@ def make_predictor(stage: str, model: GPT, net: BiasNet, c: Config, dist: Dist, 
 def chunk_length(stage: str, c: Config) -> int:
     """Return the positions between two updates of a stage's predictor."""
     return c.val_batch_size if stage in FROZEN_STAGES else c.ttt_chunk_tokens
-
-
-@dataclass(frozen=True)
-class Score:
-    """What a pass over the stream gave: the nll of every position [N], and what the sums come to."""
-
-    nll: Tensor  # float64
-    val_loss: float  # nll per token, in nats
-    val_bpb: float  # bits per byte of the decoded text
-    max_sum_error: float  # largest |sum of a row - 1|
-    seconds: float
 
 
 def bits_per_byte(nll: Tensor, token_bytes: Tensor) -> float:
@@ -2562,14 +2400,13 @@ def score(predictor, stream: Stream, chunk_tokens: int, dist: Dist) -> dict[str,
                 error = (logp.double().exp().sum(-1) - 1).abs().max().item() if len(logp) else 0.0
                 worst[stage] = max(worst[stage], dist.max(error if math.isfinite(error) else math.inf))
                 if worst[stage] > SUM_TOLERANCE:
-                    off = f"a row's sum is off by {worst[stage]}; allowed is {SUM_TOLERANCE}"
-                    raise InputError(f"scoring: by position {done} {off}")
+                    raise InputError(f"rows up to {done}: a sum is off by {worst[stage]}; allowed is {SUM_TOLERANCE}")
         if not chunk.is_last:
             predictor.update(chunk.tokens)
         if clock.seconds() - logged >= 10:
             logged, bpb = clock.seconds(), bits_per_byte(nll[stage][:done], stream.token_bytes[:done])
             log.info(f"  {stage}_chunk [{done}/{len(stream)}] bpb={bpb:.4f} time={logged:.1f}s")
-    bpb, seconds = {stage: bits_per_byte(x, stream.token_bytes) for stage, x in nll.items()}, clock.seconds()
+    bpb, seconds = {stage: bits_per_byte(x, stream.token_bytes) for stage, x in nll.items()}, round(clock.seconds(), 3)
     return {stage: Score(x, x.mean().item(), bpb[stage], worst[stage], seconds) for stage, x in nll.items()}
 
 
@@ -2580,10 +2417,10 @@ def score(predictor, stream: Stream, chunk_tokens: int, dist: Dist) -> dict[str,
 def evaluate(model: GPT, net: BiasNet, c: Config, dist: Dist, tokenizer: Tokenizer, stream: Stream):
     """Score the stream in each stage. Return (the stages' records, their scores)."""
     clock, records, scores = Clock(dist), {}, {}
+    text = dict(tokens=len(stream), bytes=int(stream.token_bytes.sum()), documents=stream.documents)
+    text |= dict(whole_stream=stream.whole, has_manifest=stream.has_manifest)
     # Those that adapt come last, in one pass if both are asked for, and have what is then left of MAX_EVAL_SECONDS.
-    for stage in STAGES:
-        if stage not in c.stages or stage == "ttt" and "mixed" in c.stages:
-            continue
+    for stage in (x for x in STAGES if x in c.stages and not (x == "ttt" and "mixed" in c.stages)):
         chunk_tokens = chunk_length(stage, c)
         n_chunks = -(-len(stream) // chunk_tokens)
         deadline = Deadline(dist, n_chunks, (c.max_eval_seconds or math.inf) - clock.seconds())
@@ -2598,10 +2435,7 @@ def evaluate(model: GPT, net: BiasNet, c: Config, dist: Dist, tokenizer: Tokeniz
             log.info("hedge_weights: " + " ".join(f"{name}:{w:.6f}" for name, w in weights))
         for name, x in found.items():
             log_score(name, x, stream, c)
-            records[name] = dict(val_loss=x.val_loss, val_bpb=x.val_bpb, max_sum_error=x.max_sum_error)
-            records[name] |= dict(seconds=round(x.seconds, 3), tokens=len(stream), bytes=int(stream.token_bytes.sum()))
-            records[name] |= dict(documents=stream.documents, whole_stream=stream.whole)
-            records[name] |= dict(has_manifest=stream.has_manifest, **adaptation)
+            records[name] = {key: value for key, value in x._asdict().items() if key != "nll"} | text | adaptation
         scores |= found
     seconds, cap = clock.seconds(), c.max_eval_seconds
     log.info(f"eval_seconds: {seconds:.1f}" + (f" of {cap:g}" if cap else "") + (" OVER" if 0 < cap < seconds else ""))
@@ -2625,20 +2459,17 @@ def hardware(dist: Dist) -> str:
 
 
 def versions() -> dict[str, str]:
-    modules = dict(torch=torch, numpy=np, sentencepiece=sentencepiece)
-    return dict(python=platform.python_version(), **{name: module.__version__ for name, module in modules.items()})
+    return dict(python=platform.python_version(), **{x.__name__: x.__version__ for x in (torch, np, sentencepiece)})
 
 
 def log_start(c: Config, dist: Dist, stream: Stream | None) -> None:
     """Log every value in force and what the run stands on."""
-    mine, kernels = dist.share(c.batch_seqs), choose_kernels(c, dist.device)
+    mine, device, kernels = dist.share(c.batch_seqs), dist.device, choose_kernels(c, dist.device)
     n_passes = -(-(mine.stop - mine.start) // max(1, c.micro_batch_tokens // c.train_seq_len))
     lines = [*c.lines(), f"hardware: {hardware(dist)}", f"versions: {json.dumps(versions())}"]
     lines.append(f"script_sha256:{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}")
     lines += [f"seed:{c.seed}", f"world_size:{dist.world_size} grad_accum_steps:{n_passes}"]
-    lines.append(
-        f"device:{dist.device} dtype:{activation_dtype(c, dist.device)} compile:{int(compiles(c, dist.device))}"
-    )
+    lines.append(f"device:{device} dtype:{activation_dtype(c, device)} compile:{int(compiles(c, device))}")
     lines.append(f"kernels: attention:{kernels.attention} fused:{show(kernels.fused) or 'none'}")
     if stream is not None:
         partial = "" if stream.whole else " partial: the stream goes on"
@@ -2650,10 +2481,8 @@ def log_start(c: Config, dist: Dist, stream: Stream | None) -> None:
     log.info("\n".join(lines))
 
 
-def write_records(record: dict, scores: dict[str, Score], stream: Stream | None, c: Config, dist: Dist) -> None:
+def write_records(record: dict, scores: dict[str, Score], stream: Stream | None, c: Config) -> None:
     """Write LOG_DIR/RUN_ID.json, and the final stage's per-token record if SCORES_PATH asks for it."""
-    if not dist.is_main:
-        return
     write_atomically(Path(c.log_dir) / f"{c.run_id}.json", (json.dumps(record, indent=1) + "\n").encode())
     if c.scores_path and scores:
         nll, token, n_bytes = (x.numpy() for x in (scores[c.stages[-1]].nll, stream.tokens[1:], stream.token_bytes))
@@ -2689,7 +2518,7 @@ def train_and_export(tokenizer: Tokenizer, c: Config, dist: Dist, stream: Stream
     model, loader = make_model(c, dist.device).init_weights(c.seed).to(dist.device), TrainLoader(c, dist)
     log.info(f"model_params:{sum(p.numel() for p in model.parameters())}")
     log.info(f"artifact_budget:{artifact_budget(model, c)} bytes beside the script")
-    batch = loader.gptq_rows()  # read now: the export must not need the files
+    batch = loader.run_rows(0, max(1, c.gptq_tokens // c.train_seq_len))  # read now: the export must not need the files
     if compiles(c, dist.device):
         compile_ahead(model, loader, tokenizer, c, dist)
     averages, clock, record = train(model, loader, c, dist, stream)
@@ -2701,7 +2530,7 @@ def train_and_export(tokenizer: Tokenizer, c: Config, dist: Dist, stream: Stream
     seconds = dict(steps=stepped, averaging=averaged - stepped, export=total - averaged, total=total)
     record["seconds"] = {part: round(value, 3) for part, value in seconds.items()}
     used = f"{total - stepped:.1f}" + (f" of {c.reserve_seconds:g}" if cap else "")
-    log.info("train_seconds: " + " ".join(f"{k}:{v:.1f}" for k, v in seconds.items()) + f" reserve:{used}")
+    log.info("train_seconds: " + " ".join(f"{k}:{v:.1f}" for k, v in record["seconds"].items()) + f" reserve:{used}")
     if 0 < cap < total:
         log.info(f"OVER MAX_WALLCLOCK_SECONDS={cap:g} by {total - cap:.1f} s")
     if dist.device.type == "cuda":
@@ -2714,8 +2543,7 @@ def execute(c: Config, env: dict[str, str], dist: Dist) -> None:
     """Run the phases in order: data, training, artifact, stages, records."""
     packed = dist.broadcast(read_artifact, c.artifact_path) if c.phase == "eval" else None
     c = with_artifact(c, packed[0], env) if packed else c
-    now = time.strftime("%Y%m%d_%H%M%S")
-    run_id = dist.broadcast(lambda: c.run_id or f"{now}_seed{c.seed}_{os.getpid()}")
+    run_id = dist.broadcast(lambda: c.run_id or f"{time.strftime('%Y%m%d_%H%M%S')}_seed{c.seed}_{os.getpid()}")
     path = c.artifact_path or f"{c.log_dir}/{run_id}.artifact"
     c = dataclasses.replace(c, run_id=run_id, artifact_path=path)
     tokenizer = Tokenizer(c, packed[0]["tokenizer"] if packed else "")
@@ -2726,15 +2554,14 @@ def execute(c: Config, env: dict[str, str], dist: Dist) -> None:
         log_start(c, dist, stream)
         trained = None if c.phase == "eval" else train_and_export(tokenizer, c, dist, stream)
         header, parts = packed or dist.broadcast(read_artifact, path)  # from here on, only what the file says counts
-        artifact, kernels = size_record(Path(path), header, c), dataclasses.asdict(choose_kernels(c, dist.device))
         record = dict(run_id=run_id, seed=c.seed, config=dataclasses.asdict(c), hardware=hardware(dist))
-        record |= dict(versions=versions(), kernels=kernels, train=trained, artifact=artifact, stages={})
-        record |= dict(final_stage=None, val_bpb=None)
-        write_records(record, {}, stream, c, dist)  # before scoring, which may be ended
+        record |= dict(versions=versions(), kernels=choose_kernels(c, dist.device)._asdict(), train=trained)
+        record |= dict(artifact=size_record(path, header, c), stages={}, final_stage=None, val_bpb=None)
+        dist.broadcast(write_records, record, {}, stream, c)  # before scoring, which may be ended
         if c.phase != "train":
             record["stages"], scores = evaluate(*unpack(parts, c, dist.device), c, dist, tokenizer, stream)
             record["final_stage"], record["val_bpb"] = c.stages[-1], record["stages"][c.stages[-1]]["val_bpb"]
-            write_records(record, scores, stream, c, dist)
+            dist.broadcast(write_records, record, scores, stream, c)
             log_final(record)
     finally:
         for file in created:  # what a run that failed leaves empty
@@ -2770,7 +2597,4 @@ def interrupt(number: int, _) -> None:
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
-    status = main()
-    with suppress(OSError):
-        sys.stdout.flush()
-    os._exit(status)  # everything is written; gloo's threads can abort an interpreter that shuts down
+    os._exit(main())  # everything is written; gloo's threads can abort an interpreter that shuts down

@@ -187,7 +187,7 @@ class TrainsBeforePredicting(Changed):
         adapting, weights = self.honest.neural, copy.deepcopy(self.honest.neural.learner.state_dict())
         with torch.enable_grad():
             adapting.step(*adapting.training_sequences(inputs))
-        self.honest.made = {}
+        self.honest.made = []
         found = super().predict(inputs, rows)
         adapting.learner.load_state_dict(weights)
         return found

@@ -292,7 +292,7 @@ def ptx(kernel, constants, pointers, **options):
 
 tile = dict(T.TILE)
 options = {n: tile.pop(n) for n in ("num_warps", "num_stages")}
-loss = dict(V=1024, CAP=30.0, BLOCK=T.NLL_BLOCK)
+loss = dict(V=1024, CAP=30.0, BLOCK=1024)
 rows = dict(logits="*bf16", targets="*i64", nll="*fp32", slopes="*bf16")
 maps = dict(x="*bf16", weight="*bf16", product="*bf16", squared="*bf16")
 for found in (

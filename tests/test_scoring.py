@@ -632,8 +632,8 @@ def run_deadline(clock, deadline, n, scoring, adapting):
     for i in range(n - 1):
         clock.now += scoring(i)
         if deadline.allows():
-            with deadline.adapting():
-                clock.now += adapting(i)
+            clock.now += adapting(i)
+            deadline.adapt()
             found.append(i)
     return found
 

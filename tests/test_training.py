@@ -163,7 +163,7 @@ def matrices():
 @pytest.mark.parametrize("bits", [4, 6])
 def test_crown_q_is_its_plain_loop_with_the_gradient_through_delta(matrices, bits):
     qmax = 2 ** (bits - 1) - 1
-    found, expected = crown_q_penalty(matrices, bits), slow_crown_q(matrices, qmax)
+    found, expected = crown_q_penalty([[w] for w in matrices], bits), slow_crown_q(matrices, qmax)
     torch.testing.assert_close(found.double(), expected)
     gradients = torch.autograd.grad(found, matrices)
     for a, b in zip(gradients, torch.autograd.grad(expected, matrices), strict=True):
@@ -179,7 +179,7 @@ def test_the_published_mean_form_is_the_sum_form_over_the_number_of_rows(matrice
     for w in matrices:
         lam, rows = 0.01, len(w)
         published = lam * published_mean_form(w, 15)
-        torch.testing.assert_close(published, lam / rows * crown_q_penalty([w], 5))
+        torch.testing.assert_close(published, lam / rows * crown_q_penalty([[w]], 5))
         without_delta = lam / rows * slow_crown_q([w], 15, through_delta=False)
         found, expected = (torch.autograd.grad(form, w)[0] for form in (published, without_delta))
         torch.testing.assert_close(found, expected)

@@ -398,7 +398,7 @@ def bench_score(args, c: Config, dist: Dist) -> None:
     """Score with sliding windows: a row for each context and stride. `forward`: forward passes a token."""
     run, stream = open_run(args, "sliding", dist)
     longest = max(args.contexts, default=0)
-    if longest > len(run.model.cos):
+    if longest > run.model.rotary.shape[1]:
         run, stream = open_run(args, "sliding", dist, EVAL_SEQ_LEN=longest)  # with positions for all contexts
     headline(f"{Path(args.artifact).name} on {extent(args, stream)}, stage sliding", run.c, dist)
     table = Table(
@@ -534,7 +534,7 @@ def bench_artifact(args, c: Config, dist: Dist) -> None:
     tokenizer, loader = train_gpt.Tokenizer(c), train_gpt.TrainLoader(c, dist)
     stream = Stream(c, dist.device, tokenizer)
     model = load_or_train(Path(args.weights), loader, c, dist)
-    infos = train_gpt.measure_hessians(model, loader.gptq_rows(), dist)
+    infos = train_gpt.measure_hessians(model, loader.run_rows(0, max(1, c.gptq_tokens // c.train_seq_len)), dist)
     n_codes = sum(p.numel() for p in train_gpt.quantized_parameters(model).values())
     nll, bpb = losses(model, loader, stream, c, dist)
     headline(f"{Path(args.weights).name} on {extent(args, stream)}, disjoint windows", c, dist)

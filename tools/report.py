@@ -168,7 +168,7 @@ def read_log(path: Path) -> Report:
         if len(line) < 2000:
             read_line(found, STAMP.sub("", line))
     if not (found.stages or found.steps):
-        raise InputError(f"{path}: no step and no score; allowed are logs of this family of scripts, and our records")
+        raise ValueError("no step and no score; allowed are logs of this family of scripts, and our records")
     if found.steps and found.train_seconds and not found.step_ms:
         found.step_ms = 1000 * found.train_seconds / found.steps
     others = [x.val_bpb for name, x in found.stages.items() if name != REPEATED]

@@ -162,9 +162,7 @@ def read_spec(path: Path) -> Spec:
     with refusing(f"{path}: allowed is a TOML file with name and [search]"):
         given = tomllib.loads(path.read_text(encoding="utf-8"))
         if unknown := given.keys() - {f.name for f in fields(Spec)}:
-            raise InputError(
-                f"{path}: {', '.join(sorted(unknown))}: allowed are {', '.join(f.name for f in fields(Spec))}"
-            )
+            raise ValueError(f"{', '.join(sorted(unknown))}: allowed are {', '.join(f.name for f in fields(Spec))}")
         spec = Spec(**given)
     spec.distributions()
     for params in spec.combinations() if spec.sampler == "grid" else [{}]:
