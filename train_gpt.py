@@ -32,9 +32,7 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
-import statistics
 import struct
 import sys
 import tempfile
@@ -414,8 +412,8 @@ class Dist:
 def open_dist(c: Config) -> Dist:
     """Join the ranks that torchrun started, or be the only one. Raise InputError where the device does not exist."""
     with refusing("RANK, WORLD_SIZE, LOCAL_RANK: allowed are those of torchrun, or none"):
-        names = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0)
-        rank, world_size, local_rank = (int(os.environ.get(name, alone)) for name, alone in names.items())
+        names = ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)
+        rank, world_size, local_rank = (int(os.environ.get(x, n)) for x, n in names)
         if not 0 <= rank < world_size or world_size > 1 and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise ValueError(f"rank {rank} of {world_size}")
     if world_size > 1 and sys.platform == "linux":
@@ -468,15 +466,15 @@ def open_log(c: Config, dist: Dist, created: list[Path]) -> None:
         if path.exists():
             raise InputError(f"RUN_ID={c.run_id}: {path} exists and would be overwritten; choose another name")
     for path in paths:
-        with refusing(f"{path}: allowed is a folder that can be written, with TARGET_BYTES={c.target_bytes} free"):
+        with refusing(f"{path}: allowed is a folder that can be written"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch(exist_ok=False)  # of two runs that begin together only one may have it
             created.append(path)
-            if shutil.disk_usage(path.parent).free < c.target_bytes:
-                raise OSError("less is free")
     logging.raiseExceptions = False  # a full disk or a closed screen ends no run
+    screen = logging.StreamHandler(sys.stdout)
+    screen.setFormatter(logging.Formatter("\033[K%(message)s" if sys.stdout.isatty() else None))  # over Clock.show's
     log.setLevel(logging.INFO)
-    log.addHandler(logging.StreamHandler(sys.stdout))
+    log.addHandler(screen)
     log.addHandler(logging.FileHandler(paths[0], encoding="utf-8"))
 
 
@@ -507,6 +505,12 @@ class Clock:
         if self.dist.device.type == "cuda":
             torch.cuda.synchronize()
         return self.dist.max(time.perf_counter() - self.started)
+
+    def show(self, what: str, done: int, n: int) -> None:
+        """Show the speed and the time left on a terminal, until the next line takes their place."""
+        if log.handlers and sys.stdout.isatty():
+            pace = (time.perf_counter() - self.started) / done
+            print(f"\033[K{what} {1 / pace:.0f} tokens/s, {(n - done) * pace:.0f} s left", end="\r", flush=True)
 
 
 # ==================== Data ============================================================================================
@@ -620,6 +624,7 @@ class TrainLoader:
         self.held_out = max(self.averaging, min(calibration, tenth))
         self.n = spans - self.held_out
         self.held = self.rows(range(self.n, self.n + self.held_out))  # in memory: the export must not need the files
+        self.calibration_text = self.held[:, :-1].flatten()[: c.mixer_calibration_tokens].to(dist.device)
         self.offset = int(np.random.default_rng(c.seed).integers(self.n))
         candidates = range(max(1, round(0.618 * self.n)), 2 * self.n + 2)
         self.stride = next(s for s in candidates if math.gcd(s, self.n) == 1)
@@ -643,10 +648,6 @@ class TrainLoader:
         """Return this rank's sequences of an optimizer step. The host, which runs ahead, reads them in 2 ms of 80."""
         return self.run_rows(step * self.c.batch_seqs, self.c.batch_seqs)
 
-    def calibration_text(self) -> Tensor:
-        """Return the held-out spans in the order of the text: int64 [MIXER_CALIBRATION_TOKENS] at most."""
-        return self.held[:, :-1].flatten()[: self.c.mixer_calibration_tokens].to(self.dist.device)
-
 
 class Stream:
     """The validation text as one stream of tokens, scored left to right; its first token, a BOS, is given."""
@@ -655,8 +656,9 @@ class Stream:
         paths = find_shards(c, "val")
         tokens = np.concatenate([check_ids(read_shard(path), c, path) for path in paths])
         if len(tokens) <= c.eval_seq_len:
-            least = f"more than EVAL_SEQ_LEN={c.eval_seq_len}"
-            raise InputError(f"DATA_PATH={c.data_path}: validation has {len(tokens)} tokens; allowed is {least}")
+            raise InputError(
+                f"EVAL_SEQ_LEN={c.eval_seq_len}: allowed is less than the {len(tokens)} tokens of validation"
+            )
         if tokens[0] != c.bos_id:
             raise InputError(f"shard {paths[0]}: it begins with token {tokens[0]}; allowed is BOS_ID={c.bos_id}")
         n, tokens = c.val_tokens or len(tokens) - 1, torch.from_numpy(tokens)
@@ -1303,7 +1305,7 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
     clock, averages = Clock(dist), WeightAverages(model, c)
     weights, banks = complement_weights(loader, c), optimizers.muon.banks
     budget = max(0.0, c.max_wallclock_seconds - c.reserve_seconds)
-    step, total, elapsed, log2_step, was = 0, c.iterations, 0.0, 0.0, Schedule(0.0, 0.0)
+    step, total, elapsed, loss, log2_step, was = 0, c.iterations, 0.0, math.nan, 0.0, Schedule(0.0, 0.0)
     if c.resume:
         step, log2_step, elapsed = load_checkpoint(model, optimizers, averages, c, dist)
         clock.started, was = time.perf_counter() - elapsed, schedule(step - 1, total, c)
@@ -1335,6 +1337,7 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
                 rates = f"MATRIX_LR={c.matrix_lr}, SCALAR_LR={c.scalar_lr} and TIED_EMBED_LR={c.tied_embed_lr}"
                 raise InputError(f"train_loss={loss} at step {step}: allowed is a finite one; try lower {rates}")
             log_step(step, f"train_loss:{loss:.4f}", clock.seconds(), c)
+        clock.show(f"step:{step}/{total} train_loss:{loss:.4f}", step * c.batch_tokens, total * c.batch_tokens)
         if c.val_loss_every and step % c.val_loss_every == 0:
             elapsed, predictor = clock.seconds(), SlidingWindow("roundtrip", called, c, dist, stride=c.eval_seq_len)
             x = score(predictor, stream, c.val_batch_size, dist)["roundtrip"]
@@ -2165,7 +2168,7 @@ CALIBRATION_STEPS, CALIBRATION_LR = 512, 0.03
 
 def calibrate(model: GPT, net: BiasNet, loader: TrainLoader, c: Config, dist: Dist) -> None:
     """Fit the mixer's network on training text that no step has seen: Adam at a rate that falls to zero."""
-    text, chains, parts = loader.calibration_text(), HashChains(c, dist.device), []
+    text, chains, parts = loader.calibration_text, HashChains(c, dist.device), []
     neural = SlidingWindow("sliding", compiled(model, c, dist.device), c, dist, c.eval_stride)
     for start in range(0, len(text) - 1, c.ttt_chunk_tokens):
         tokens = text[start : start + c.ttt_chunk_tokens + 1]
@@ -2246,18 +2249,16 @@ class Deadline:
     The clock and the stream's length decide, never a token. Pass the logged `ttt_stop` as `stop_after` to reproduce it.
     """
 
-    LATEST, LEAST = 9, 4  # chunks in the median, and before any decision: the first ones compile
-
     def __init__(self, dist: Dist, n_chunks: int = 0, seconds: float = math.inf, stop_after: int | None = None):
         self.left, self.stop_after, self.clock, self.seconds = n_chunks, stop_after, Clock(dist), seconds
-        self.adapted, self.learned, self.before, self.scored = 0, 0.0, 0.0, deque(maxlen=self.LATEST)
+        self.adapted, self.learned, self.before, self.scored = 0, 0.0, 0.0, deque(maxlen=9)
 
     def allows(self) -> bool:
         """Return whether to adapt to the chunk that has just been scored; `adapt` says when that is done."""
         self.left, began, self.before = self.left - 1, self.before, self.clock.seconds()
         self.scored.append(self.before - began)
-        needed = self.learned + self.left * statistics.median_low(self.scored)
-        late = len(self.scored) >= self.LEAST and self.before + needed > 0.97 * self.seconds
+        typical = sorted(self.scored)[(len(self.scored) - 1) // 2]  # the lower median: the first chunks compile
+        late = len(self.scored) > 3 and self.before + self.learned + self.left * typical > 0.97 * self.seconds
         if self.stop_after is None and late:
             self.stop_after = self.adapted
             log.info(f"ttt_stop: after {self.adapted} chunks, with {self.left} chunks left to score")
@@ -2403,6 +2404,7 @@ def score(predictor, stream: Stream, chunk_tokens: int, dist: Dist) -> dict[str,
                     raise InputError(f"rows up to {done}: a sum is off by {worst[stage]}; allowed is {SUM_TOLERANCE}")
         if not chunk.is_last:
             predictor.update(chunk.tokens)
+        clock.show(f"  {stage} [{done}/{len(stream)}]", done, len(stream))
         if clock.seconds() - logged >= 10:
             logged, bpb = clock.seconds(), bits_per_byte(nll[stage][:done], stream.token_bytes[:done])
             log.info(f"  {stage}_chunk [{done}/{len(stream)}] bpb={bpb:.4f} time={logged:.1f}s")
@@ -2476,8 +2478,6 @@ def log_start(c: Config, dist: Dist, stream: Stream | None) -> None:
         partial += "" if stream.has_manifest else " no manifest: completeness unknown"
         found = f"pattern={c.data_path}/*_val_*.bin tokens:{len(stream)} documents:{stream.documents}"
         lines.append(f"val_loader:shards {found}{partial}")
-    others = [x for x in os.listdir(c.data_path) if x.endswith(".bin") and not SHARD_NAME.fullmatch(x)]
-    lines += [f"not_read:{name} is no shard by its name" for name in sorted(others)]
     log.info("\n".join(lines))
 
 
@@ -2504,7 +2504,7 @@ def log_final(record: dict) -> None:
 def compile_ahead(model: GPT, loader: TrainLoader, tokenizer: Tokenizer, c: Config, dist: Dist) -> None:
     """Compile what averaging, calibration and scoring call, before any clock starts: each graph takes half a minute."""
     held_out_loss(compiled(model, c, dist.device), loader, c, dist)
-    tokens = loader.calibration_text()[: c.ttt_chunk_tokens + 1]
+    tokens = loader.calibration_text[: c.ttt_chunk_tokens + 1]
     for stage in ("roundtrip", "sliding", "ttt"):  # the last one trains a copy
         predictor = make_predictor(stage, model, BiasNet(c), c, dist, tokenizer)
         for _ in range(2):  # the first window scores more positions than the later ones

@@ -354,9 +354,9 @@ def test_what_is_held_out_comes_in_the_order_of_the_text(counting):
     loader = TrainLoader(counting, Dist())
     starts = starts_of(averaging_rows(loader))
     text = [token for start in starts for token in range(start, start + 32)]
-    assert loader.calibration_text().tolist() == text
+    assert loader.calibration_text.tolist() == text
     few = dataclasses.replace(counting, mixer_calibration_tokens=50)
-    assert TrainLoader(few, Dist()).calibration_text().tolist() == text[:50]
+    assert TrainLoader(few, Dist()).calibration_text.tolist() == text[:50]
     assert not set(starts) & set(starts_of(sequences(loader, 0, 2 * loader.n)))
 
 
@@ -368,7 +368,7 @@ def test_as_much_is_held_out_as_the_larger_of_its_two_uses_needs(counting, avera
     rows = [min(tenth, -(-tokens // 32)) for tokens in (averaging, calibration)]
     assert loader.held_out == max(rows) and loader.n + loader.held_out == loader.ends[-1]
     assert len(averaging_rows(loader)) == rows[0]
-    assert len(loader.calibration_text()) == min(calibration, 32 * max(rows))
+    assert len(loader.calibration_text) == min(calibration, 32 * max(rows))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -382,7 +382,7 @@ def test_the_ranks_parts_of_other_rows_are_those_of_one_rank(counting, world_siz
         assert torch.equal(first, sequences(alone, 0, n))
         assert torch.equal(torch.cat([loader.run_rows(0, n) for loader in loaders]), first)
     assert torch.equal(torch.cat([averaging_rows(loader) for loader in loaders]), averaging_rows(alone))
-    assert all(torch.equal(loader.calibration_text(), alone.calibration_text()) for loader in loaders)
+    assert all(torch.equal(loader.calibration_text, alone.calibration_text) for loader in loaders)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -504,7 +504,7 @@ def test_a_part_of_the_stream_says_that_it_is_one(counting_stream, val_tokens, w
 
 def test_a_stream_shorter_than_a_window_is_refused(counting_stream):
     assert len(counting_stream(eval_seq_len=100)) == 100
-    with pytest.raises(InputError, match="validation has 101 tokens.*EVAL_SEQ_LEN=101"):
+    with pytest.raises(InputError, match="EVAL_SEQ_LEN=101: .*the 101 tokens of validation"):
         counting_stream(eval_seq_len=101)
 
 

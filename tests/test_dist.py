@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import io
 import logging
 import os
-import shutil
 import socket
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -293,10 +293,23 @@ def test_the_same_name_for_two_files_is_refused(opened, tmp_path):
         opened(run_id="s", scores_path=str(tmp_path / "s.txt"))
 
 
-def test_too_little_space_is_refused_before_the_run(opened, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(InputError, match="TARGET_BYTES=5000 free.*less is free"):
-        opened(target_bytes=5000)
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_has_a_live_line_between_the_lines_and_a_file_has_none(opened, monkeypatch, tmp_path, virtual_time):
+    monkeypatch.setattr(sys, "stdout", terminal := Terminal())
+    opened()
+    clock = Clock(Dist())
+    virtual_time.now += 2.0
+    train_gpt.log.info("a line")
+    clock.show("step:1/4", 100, 400)
+    train_gpt.log.info("the next")
+    assert terminal.getvalue() == "\033[Ka line\n\033[Kstep:1/4 50 tokens/s, 6 s left\r\033[Kthe next\n"
+    monkeypatch.setattr(sys, "stdout", pipe := io.StringIO())
+    clock.show("step:2/4", 200, 400)
+    assert pipe.getvalue() == "" and (tmp_path / "r.txt").read_text() == "a line\nthe next\n"
 
 
 class Full:
