@@ -7,6 +7,7 @@ from matplotlib import pyplot as plt
 
 import plots
 import report
+import train_gpt
 
 LOGS = Path(__file__).resolve().parents[1] / "logs"
 OURS = """step:1/300 train_loss:6.9000 train_time:100ms step_avg:100.00ms
@@ -49,13 +50,22 @@ def lines(axis) -> list[list[tuple]]:
 
 
 def test_training_shows_losses_validation_and_the_time_between_two_lines(log):
-    top, bottom = plots.plot_training([plots.read_series(log(OURS))]).axes
+    top, bottom = plots.plot_training([plots.read_series(report.read(log(OURS)))]).axes
     assert lines(top) == [[(1, 6.9), (100, 4.0), (300, 3.0)], [(100, 4.1)]]
     assert lines(bottom) == [[(100, 100.0), (300, 200.0)]]
 
 
+def test_the_learning_rate_stands_between_them_where_the_log_is_of_this_script(log):
+    c = train_gpt.Config(iterations=300, warmdown_iters=100, lr_warmup_iters=10)
+    found = plots.read_series(report.read(log("\n".join([*c.lines(), OURS]))))
+    assert found.rates[:2] == [(0, 0.1), (2, 0.3)] and found.rates[-1] == (298, 0.02)
+    assert lines(plots.plot_training([found]).axes[1]) == [found.rates]
+    other_version = "\n".join([*c.lines(), OURS]).replace("MIXER=hedge", "MIXER=gone")
+    assert plots.read_series(report.read(log(other_version))).rates == []
+
+
 def test_the_other_format_of_the_field_is_drawn_too(log):
-    found = plots.read_series(log(OTHER))
+    found = plots.read_series(report.read(log(OTHER)))
     assert found.train == [(1, 7.0), (100, 3.5), (200, 3.0)] and found.validation == [(100, 3.4)]
     assert not found.seconds and plots.plot_training([found])
 
@@ -68,7 +78,7 @@ def test_stages_show_the_mean_of_a_configuration_and_each_change(log):
 
 
 def test_the_stream_and_the_bytes(log):
-    found = plots.read_series(log(OURS))
+    found = plots.read_series(report.read(log(OURS)))
     assert lines(plots.plot_stream([found]).axes[0]) == [[(1000, 2.0), (3000, 1.9)]]
     assert [text.get_text() for text in plots.plot_bytes([found]).axes[0].texts] == ["1,400", "1,300,000"]
 

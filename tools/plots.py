@@ -5,9 +5,12 @@ Lines differ in dashes and markers as well as in colour, so that they can be tol
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import statistics
+import sys
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +18,9 @@ import matplotlib
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from train_gpt import Config, InputError, parse, schedule
 
 TRAIN = re.compile(r"(?:step:)?(\d+)/\d+ train_loss: ?([\d.]+)(?: train_time:(\d+)ms)?")
 VALIDATION = re.compile(r"(?:step:)?(\d+)/\d+ val_loss: ?([\d.]+)")
@@ -35,15 +41,28 @@ class Series:
     name: str
     train: list[tuple[int, float]] = field(default_factory=list)
     seconds: list[tuple[int, float]] = field(default_factory=list)
+    rates: list[tuple[int, float]] = field(default_factory=list)  # scheduled, as parts of the full ones
     validation: list[tuple[int, float]] = field(default_factory=list)
     running: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # by stage
     parts: dict[str, int] = field(default_factory=dict)  # bytes of the artifact
 
 
-def read_series(path: Path) -> Series:
-    """Return what a log holds; for a record, the log beside it."""
+def learning_rates(settings: dict[str, str], steps: int) -> list[tuple[int, float]]:
+    """Return (step, part of the full rates) by the settings of a run of this script that took so many steps."""
+    fields = [f for f in dataclasses.fields(Config) if f.name.upper() in settings]
+    with suppress(InputError):  # of a version with other settings
+        c = Config(**{f.name: parse(f, settings[f.name.upper()]) for f in fields})
+        return [(step, schedule(step, steps, c).lr_scale) for step in range(0, steps, -(-steps // 200))]
+    return []
+
+
+def read_series(report) -> Series:
+    """Return what the log of a run holds; for a record, the log beside it."""
+    path = report.path
     log = path.with_suffix(".txt") if path.suffix == ".json" else path
     found = Series(path.stem)
+    if report.is_ours and report.steps:
+        found.rates = learning_rates(report.settings, report.steps)
     for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []:
         if m := TRAIN.match(line):
             found.train.append((int(m[1]), float(m[2])))
@@ -63,21 +82,26 @@ def styled(items):
 
 
 def plot_training(series: list[Series]):
-    """Draw the training loss, with validation as markers alone, and the milliseconds of a step below."""
+    """Draw the training loss, with validation as markers alone; below, the learning rate and the time of a step."""
     series = [x for x in series if len(x.train) > 1]
     if not series:
         return None
-    figure, (top, bottom) = plt.subplots(2, sharex=True, figsize=(7, 8), height_ratios=(3, 1))
+    figure, (top, middle, bottom) = plt.subplots(3, sharex=True, figsize=(7, 9), height_ratios=(3, 1, 1))
     for style, x in styled(series):
         top.plot(*zip(*x.train, strict=True), label=x.name, **style)
         if x.validation:
             top.plot(*zip(*x.validation, strict=True), color="black", linestyle="", marker=style["marker"])
+        if x.rates:
+            middle.plot(*zip(*x.rates, strict=True), markevery=max(1, len(x.rates) // 8), **style)
         pairs = [(b, 1000 * (t - s) / (b - a)) for (a, s), (b, t) in itertools.pairwise(x.seconds) if b > a]
         if pairs:
             bottom.plot(*zip(*pairs, strict=True), **style)
     top.set(ylabel="training loss (nats a token)", yscale="log")
     top.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     top.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    if not any(x.rates for x in series):
+        middle.remove()
+    middle.set(ylabel="rate", ylim=0)
     bottom.set(xlabel="step", ylabel="ms a step", ylim=0)
     figure.legend(loc="outside lower center", frameon=False, ncols=1 if len(series) < 4 else 2, fontsize=12)
     return figure
@@ -147,7 +171,7 @@ def plot_bytes(series: list[Series]):
 
 def write_plots(folder: Path, groups: list[list]) -> list[Path]:
     """Write the pictures of some configurations' runs. Return the files; what the logs do not hold is not drawn."""
-    by_group, written = [[read_series(x.path) for x in group] for group in groups], []
+    by_group, written = [[read_series(x) for x in group] for group in groups], []
     series, firsts = sum(by_group, []), [group[0] for group in by_group]
     with plt.rc_context(LOOK):
         drawn = dict(training=plot_training(series), stages=plot_stages(groups))
