@@ -4,7 +4,7 @@
     PRESET=smoke torchrun --standalone --nproc_per_node=2 train_gpt.py   # minutes on two CPU cores
     PHASE=eval ARTIFACT_PATH=logs/x.artifact python train_gpt.py         # score an artifact that exists
 
-The file reads in the order in which data flows, room by room. Every score comes from one loop:
+The file follows the data, room by room; PR numbers are those of openai/parameter-golf. Every score comes from one loop:
 
     for chunk in stream:                          # left to right, every position once
         logp = predictor.predict(chunk.inputs)    # [n, V] log-probabilities, each row sums to one
@@ -58,7 +58,7 @@ with suppress(ImportError):  # FlashAttention 3, Hopper only; PyPI's stub lacks 
     from flash_attn_interface import flash_attn_func
 
 # ==================== Config ==========================================================================================
-# Every setting of a run, read once from the environment and never changed.
+# Every setting of a run, from presets and environment. To score an artifact takes its own for both (with_artifact).
 
 CAP_BYTES, LARGEST = 16_000_000, 10**15  # of script plus artifact, decimal; of any setting
 STAGES, FROZEN_STAGES = ("roundtrip", "sliding", "ttt", "mixed"), ("roundtrip", "sliding")
@@ -81,7 +81,7 @@ def refusing(problem: str):
 
 
 def setting(default, low=-LARGEST, high=LARGEST, choices=None, shape=False, score=False):
-    """A field of Config. The artifact keeps those marked `shape` (its tensors and their coding) and `score`."""
+    """A field of Config. The artifact keeps those marked `shape` (tensors, coding) and `score` (how to score it)."""
     return field(default=default, metadata=dict(low=low, high=high, choices=choices, shape=shape, score=score))
 
 
@@ -91,7 +91,7 @@ class Config:
 
     # What to run, on what, and where the files are.
     preset: str = setting("")  # names of files in configs/, applied from left to right; the environment comes last
-    run_id: str = setting("")  # "" = time and seed
+    run_id: str = setting("")  # "" = time, seed and process
     phase: str = setting("both", choices=("both", "train", "eval"))
     seed: int = setting(1337, 0, 2**32 - 1)
     device: str = setting("auto", choices=("auto", "cpu", "cuda"))
@@ -114,7 +114,7 @@ class Config:
     num_kv_heads: int = setting(4, 0, shape=True)  # 0 = as many as NUM_HEADS
     mlp_mult: float = setting(3.0, 0.125, 64.0, shape=True)
     leaky_slope: float = setting(0.5, 0.0, 1.0, shape=True)
-    xsa_last_n: int = setting(4, 0, shape=True)
+    xsa_last_n: int = setting(4, 0, shape=True)  # layers with exclusive self-attention
     bigram_vocab_size: int = setting(2048, 0, 2**24, shape=True)  # rows of the hashed bigram embedding; 0 = none
     bigram_dim: int = setting(128, 1, 16384, shape=True)
     value_residual: bool = setting(True, shape=True)
@@ -149,8 +149,8 @@ class Config:
     late_qat_threshold: float = setting(0.15, 0.0, 1.0)  # part of the warmdown in which weights are rounded; 0 = none
     # Optimizers and averages.
     matrix_lr: float = setting(0.025, 0.0)
-    scalar_lr: float = setting(0.025, 0.0)
-    tied_embed_lr: float = setting(0.035, 0.0)
+    scalar_lr: float = setting(0.025, 0.0)  # also of projections
+    tied_embed_lr: float = setting(0.035, 0.0)  # of all tables, tied or not
     tied_embed_init_std: float = setting(0.005, 0.0)
     muon_momentum: float = setting(0.99, 0.0, 1.0)
     muon_momentum_warmup_start: float = setting(0.92, 0.0, 1.0)
@@ -236,7 +236,7 @@ class Config:
         c, trains, head_dim = self, self.phase != "eval", self.model_dim // self.num_heads
         cap, reserve, known = c.max_wallclock_seconds, c.reserve_seconds, MIXERS.keys() - {"hedge"}
         needed = {1, 2} | ({Tilt.ORDER} if "tilt" in (c.mixer, *c.hedge_experts) else set())
-        fits, counts = c.quant == "int6" or not c.late_qat_threshold, c.vocab_size <= 16384 or not c.complement_alpha
+        scales, pairs = c.quant == "int6" or not c.late_qat_threshold, c.vocab_size <= 16384 or not c.complement_alpha
         yield "num_heads", c.model_dim % c.num_heads == 0, f"a divisor of MODEL_DIM={c.model_dim}"
         yield "num_kv_heads", c.num_heads % c.kv_heads == 0, f"a divisor of NUM_HEADS={c.num_heads}"
         yield "rope_dims", c.rope_dims in range(0, head_dim + 1, 2), f"an even number up to the head's {head_dim}"
@@ -246,8 +246,8 @@ class Config:
         yield "eval_stride", c.eval_stride <= c.eval_seq_len, f"at most EVAL_SEQ_LEN={c.eval_seq_len}"
         yield "ttt_freeze_blocks", c.ttt_freeze_blocks <= c.num_layers, f"at most NUM_LAYERS={c.num_layers}"
         yield "max_wallclock_seconds", cap == 0 or cap > reserve, f"more than RESERVE_SECONDS={reserve}, or 0"
-        yield "late_qat_threshold", fits or not trains, f"0 with QUANT={c.quant}: late QAT needs int6's scales"
-        yield "complement_alpha", counts or not trains, "0 with more than 16384 pieces: it weighs all pairs of them"
+        yield "late_qat_threshold", scales or not trains, f"0 with QUANT={c.quant}: late QAT needs int6's scales"
+        yield "complement_alpha", pairs or not trains, "0 with more than 16384 pieces: it weighs all pairs of them"
         yield "mixer", c.mixer in MIXERS, "one of " + ", ".join(MIXERS)
         yield "hedge_experts", set(c.hedge_experts) <= known, "some of " + ", ".join(sorted(known))
         for name in ("stages", "ve_layers", "hedge_experts", "kernels", "ngram_orders"):
@@ -289,8 +289,8 @@ def refuse_unknown(env: dict[str, str], known: list[str]) -> None:
     others = " ".join(path.read_text() for path in CONFIGS.glob("*.txt")).split()
     for name in sorted(env.keys() - set(known)):
         family, underscore, _ = name.partition("_")
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85) if len(name) > 5 else []  # STAGE is common
-        if near or name in others or underscore and family in families:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85) if len(name) > 5 else []  # common words
+        if near or name in others or (underscore and family in families):
             members = near or [k for k in known if k.startswith(family + "_")]
             members = members or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
             raise InputError(f"unknown setting {name}={env[name]}: did you mean {', '.join(members) or 'another'}?")
@@ -336,7 +336,7 @@ def show(value) -> str:
 
 
 # ==================== Dist and Log ====================================================================================
-# This process among its ranks, its device, its log and its clock. Only Dist branches on the number of ranks.
+# This process among its ranks, its device, its log and its clock. Only open_dist and Dist ask for the number of ranks.
 
 log = logging.getLogger("train_gpt")  # silent until open_log
 # torch 2.13 renamed both and warns at every call of the old name; 2.11 knows only the old one.
@@ -472,7 +472,7 @@ def open_log(c: Config, dist: Dist, created: list[Path]) -> None:
             created.append(path)
     logging.raiseExceptions = False  # a full disk or a closed screen ends no run
     screen = logging.StreamHandler(sys.stdout)
-    screen.setFormatter(logging.Formatter("\033[K%(message)s" if sys.stdout.isatty() else None))  # over Clock.show's
+    screen.setFormatter(logging.Formatter("\033[K%(message)s" if sys.stdout.isatty() else None))  # over a live line
     log.setLevel(logging.INFO)
     log.addHandler(screen)
     log.addHandler(logging.FileHandler(paths[0], encoding="utf-8"))
@@ -508,7 +508,7 @@ class Clock:
 
     def show(self, what: str, done: int, n: int) -> None:
         """Show the speed and the time left on a terminal, until the next line takes their place."""
-        if log.handlers and sys.stdout.isatty():
+        if log.handlers and log.handlers[0].stream is sys.stdout and sys.stdout.isatty():
             pace = (time.perf_counter() - self.started) / done
             print(f"\033[K{what} {1 / pace:.0f} tokens/s, {(n - done) * pace:.0f} s left", end="\r", flush=True)
 
@@ -626,8 +626,8 @@ class TrainLoader:
         self.held = self.rows(range(self.n, self.n + self.held_out))  # in memory: the export must not need the files
         self.calibration_text = self.held[:, :-1].flatten()[: c.mixer_calibration_tokens].to(dist.device)
         self.offset = int(np.random.default_rng(c.seed).integers(self.n))
-        candidates = range(max(1, round(0.618 * self.n)), 2 * self.n + 2)
-        self.stride = next(s for s in candidates if math.gcd(s, self.n) == 1)
+        strides = range(max(1, round(0.618 * self.n)), 2 * self.n + 2)
+        self.stride = next(s for s in strides if math.gcd(s, self.n) == 1)  # near the golden ratio: spread
 
     def rows(self, spans) -> Tensor:
         """Return the token ids of the spans, int64 [n, TRAIN_SEQ_LEN + 1]; n may be 0."""
@@ -638,7 +638,7 @@ class TrainLoader:
             row[:] = check_ids(self.shards[shard][start : start + self.seq_len + 1], self.c, self.paths[shard])
         return torch.from_numpy(found)
 
-    def run_rows(self, first: int, n: int) -> Tensor:
+    def sequences(self, first: int, n: int) -> Tensor:
         """Return this rank's part of the run's sequences [first, first + n), on the device."""
         mine, device = self.dist.share(n, start=first), self.dist.device
         rows = self.rows([(self.offset + i * self.stride) % self.n for i in range(mine.start, mine.stop)])
@@ -646,7 +646,7 @@ class TrainLoader:
 
     def batch(self, step: int) -> Tensor:
         """Return this rank's sequences of an optimizer step. The host, which runs ahead, reads them in 2 ms of 80."""
-        return self.run_rows(step * self.c.batch_seqs, self.c.batch_seqs)
+        return self.sequences(step * self.c.batch_seqs, self.c.batch_seqs)
 
 
 class Stream:
@@ -697,7 +697,7 @@ def windows(first: int, last: int, stride: int, seq_len: int) -> tuple[np.ndarra
 
 BACKENDS = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 SDPA_BACKENDS = dict(zip(("cudnn", "flash", "efficient", "math"), BACKENDS, strict=True))  # as `auto` tries them
-Kernels = namedtuple("Kernels", "attention fused", defaults=("math", ()))  # each operation's form; these are plain
+Kernels = namedtuple("Kernels", "attention fused", defaults=("math", ()))  # forms in use; these are the plain ones
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "math") -> Tensor:
@@ -775,6 +775,7 @@ class SoftcappedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, cap):
         n, vocab_size = logits.shape
+        assert vocab_size <= 2**14, "a larger row does not fit the registers"
         nll, slopes = torch.empty(n, device=logits.device), torch.empty_like(logits)
         block = 1 << (vocab_size - 1).bit_length()
         warps = min(32, max(4, block // 512))
@@ -815,8 +816,7 @@ def choose_kernels(c: Config, device: torch.device) -> Kernels:
     seq_len, head_dim = min(c.train_seq_len, 4096), c.model_dim // c.num_heads
     shapes = [(1, seq_len, heads, head_dim) for heads in (c.num_heads, c.kv_heads, c.kv_heads)]
     shapes += [(n, c.vocab_size), (n, c.model_dim), (n, c.model_dim)]
-    drawn = (torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for shape in shapes)
-    *qkv, logits, x, weight = drawn
+    *qkv, logits, x, weight = (torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes)
     targets = torch.randint(c.vocab_size, (n,), generator=generator).to(device)
     loss = functools.partial(softcapped_nll, targets=targets, cap=c.logit_softcap)
     mlp = functools.partial(linear_leaky_square, slope=c.leaky_slope)
@@ -837,7 +837,7 @@ def choose_attention(qkv: list[Tensor], c: Config) -> str:
         tries.remove("flash3")
     backend = next((b for b in tries if agrees(f"ATTENTION={b}", attention, dict(backend=b), qkv, c)), "math")
     if backend == "math" and device.type == "cuda" and c.phase != "eval":
-        needed = 6 * c.num_layers * c.num_heads * c.micro_batch_tokens * c.train_seq_len  # six bytes a score of a step
+        needed = 6 * c.num_layers * c.num_heads * c.micro_batch_tokens * c.train_seq_len  # six bytes an attention logit
         if needed > (memory := torch.cuda.get_device_properties(device).total_memory):
             asked = f"ATTENTION=math needs {needed >> 30} GiB at MICRO_BATCH_TOKENS={c.micro_batch_tokens}"
             raise InputError(f"{asked}; allowed are {memory >> 30} GiB, or another form that works here")
@@ -845,7 +845,7 @@ def choose_attention(qkv: list[Tensor], c: Config) -> str:
 
 
 def agrees(name: str, form, options: dict, inputs: list[Tensor], c: Config) -> bool:
-    """Return whether the options, compiled, leave a form's value and gradients up to rounding. Log where not."""
+    """Return whether the options, compiled, change value and gradients by no more than rounding. Log where they do."""
     try:
         results = [f(*inputs) for f in (compiled(functools.partial(form, **options), c, inputs[0].device), form)]
         found, expected = ([y.detach(), *torch.autograd.grad(y.square().sum(), inputs)] for y in results)
@@ -919,7 +919,7 @@ class BigramEmbedding(nn.Module):
 
 
 class SmearGate(nn.Module):
-    """Adds a gated part of the embedding before to each (modded-nanogpt), but for a document's first (PR #1855)."""
+    """Adds a gated part of the previous token's embedding (modded-nanogpt), except at a BOS (PR #1855)."""
 
     def __init__(self, c: Config):
         super().__init__()
@@ -1033,7 +1033,7 @@ class GPT(nn.Module):
         return self
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None, keep: int = 0) -> Tensor:
-        """Return float32 logits [B, T, V] after tokens [B, T] (of the last `keep` positions), or the targets' nll."""
+        """Return float32 logits [B, T, V] after tokens [B, T] (the last `keep` of them), or the targets' nll [B, T]."""
         assert tokens.shape[1] <= self.rotary.shape[1], "longer than TRAIN_SEQ_LEN and EVAL_SEQ_LEN"
         x = self.tok_emb(tokens).to(self.dtype)
         if self.bigram is not None:
@@ -1223,7 +1223,7 @@ Schedule = namedtuple("Schedule", "lr_scale muon_momentum swa crown_q late_qat",
 
 
 def schedule(step: int, total: int, c: Config) -> Schedule:
-    """Return the values for a step of a run of `total` steps; one that the clock ends early has shorter ramps."""
+    """Return rates, momentum and switches of a step out of `total`; a run that the clock ends has shorter ramps."""
     limits = (0.1, 0.6, 0.25) if total < c.iterations else (math.inf,) * 3  # parts of the run
     lengths = c.lr_warmup_iters, c.warmdown_iters, c.muon_momentum_warmup_steps
     warmup, warmdown, momentum_warmup = (min(n, part * total) for n, part in zip(lengths, limits, strict=True))
@@ -1305,7 +1305,7 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
     clock, averages = Clock(dist), WeightAverages(model, c)
     weights, banks = complement_weights(loader, c), optimizers.muon.banks
     budget = max(0.0, c.max_wallclock_seconds - c.reserve_seconds)
-    step, total, elapsed, loss, log2_step, was = 0, c.iterations, 0.0, math.nan, 0.0, Schedule(0.0, 0.0)
+    step, total, elapsed, losses, log2_step, was = 0, c.iterations, 0.0, "", 0.0, Schedule(0.0, 0.0)
     if c.resume:
         step, log2_step, elapsed = load_checkpoint(model, optimizers, averages, c, dist)
         clock.started, was = time.perf_counter() - elapsed, schedule(step - 1, total, c)
@@ -1336,8 +1336,8 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
             if not math.isfinite(loss):
                 rates = f"MATRIX_LR={c.matrix_lr}, SCALAR_LR={c.scalar_lr} and TIED_EMBED_LR={c.tied_embed_lr}"
                 raise InputError(f"train_loss={loss} at step {step}: allowed is a finite one; try lower {rates}")
-            log_step(step, f"train_loss:{loss:.4f}", clock.seconds(), c)
-        clock.show(f"step:{step}/{total} train_loss:{loss:.4f}", step * c.batch_tokens, total * c.batch_tokens)
+            log_step(step, losses := f"train_loss:{loss:.4f}", clock.seconds(), c)
+        clock.show(f"step:{step}/{total} {losses}", step * c.batch_tokens, total * c.batch_tokens)
         if c.val_loss_every and step % c.val_loss_every == 0:
             elapsed, predictor = clock.seconds(), SlidingWindow("roundtrip", called, c, dist, stride=c.eval_seq_len)
             x = score(predictor, stream, c.val_batch_size, dist)["roundtrip"]
@@ -1409,7 +1409,7 @@ def choose_average(model: GPT, averages: WeightAverages, loader: TrainLoader, c:
 class Grid:
     """Weight (r, j) = code * scale[r] / 2^(k / 2), |code| <= qmax, with k = rows[r] + columns[j], in 0...caps[r]."""
 
-    MAX_EXPONENT = 15  # each exponent has its own rANS table
+    N_EXPONENTS = 16  # 0...15, each with its own rANS table
 
     scale: Tensor  # float16 [rows], or [1] for all rows
     rows: Tensor  # int8 [rows]
@@ -1429,7 +1429,7 @@ class Grid:
     @functools.cache  # to send them to a GPU makes the host wait for it
     def powers(device: torch.device) -> Tensor:
         """Return 2^(k / 2) for each exponent, by Python: another device's might differ in the last bit."""
-        return torch.tensor([2.0 ** (k / 2) for k in range(Grid.MAX_EXPONENT + 1)], device=device)
+        return torch.tensor([2.0 ** (k / 2) for k in range(Grid.N_EXPONENTS)], device=device)
 
     def nearest(self, w: Tensor, steps: Tensor | None = None) -> Tensor:
         """Return the code nearest to each weight, as float32."""
@@ -1463,7 +1463,7 @@ def hessian_grid(w: Tensor, role: str, info: HessianInfo, log2_step: float, c: C
     rows = info.rows.log2() + log2_columns.mean() + 2 * scale.float().log2() - 2 * log2_step
     finest = 2 * (qmax * scale.float() / w.abs().amax(1).clamp(min=2.0**-24)).log2()
     rows, columns = (x.round().clamp(-64, 63).to(torch.int8) for x in (rows, log2_columns - log2_columns.mean()))
-    return Grid(scale, rows, columns, finest.floor().clamp(0, Grid.MAX_EXPONENT).to(torch.int8), qmax)
+    return Grid(scale, rows, columns, finest.floor().clamp(0, Grid.N_EXPONENTS - 1).to(torch.int8), qmax)
 
 
 GRIDS = {"int6": int6_grid, "hessian": hessian_grid}
@@ -1472,7 +1472,7 @@ Quantized = dict[str, tuple[Tensor, Grid]]  # by parameter: int8 codes [rows, co
 
 @dataclass(frozen=True)
 class HessianInfo:
-    """What an error costs on training text: e at (r, j) adds rows[r] * columns[j] * e^2 to the loss."""
+    """What an error e at (r, j) costs on training text: rows[r] * columns[j] * e^2, up to one factor for all."""
 
     rows: Tensor  # float32 [rows]
     columns: Tensor  # float32 [cols]
@@ -1501,7 +1501,7 @@ def measure_hessians(model: GPT, batch: Tensor, dist: Dist) -> dict[str, Hessian
     params = quantized_parameters(model)
     maps = {f"{name}.weight": module for name, module in model.named_modules() if isinstance(module, Linear)}
     squares = {name: torch.zeros_like(p) for name, p in params.items()}
-    xtx = {name: torch.zeros_like(params[name][0]).diag() for name in maps}
+    xtx = {name: torch.zeros_like(params[name][0]).diag() for name in maps}  # [cols, cols]
 
     def add_inputs(name: str, module: Linear, inputs) -> None:
         x = inputs[0].detach().flatten(0, -2).float()
@@ -1524,7 +1524,7 @@ def measure_hessians(model: GPT, batch: Tensor, dist: Dist) -> dict[str, Hessian
 
 
 def gptq(ws: list[Tensor], grids: list[Grid], infos: list[HessianInfo]) -> list[Tensor]:
-    """Return the codes of linear maps of one shape [rows, cols]: GPTQ (Frantar et al. 2023, arXiv 2210.17323)."""
+    """Return the codes of linear maps of one role and shape: GPTQ (Frantar et al. 2023, arXiv 2210.17323)."""
     # The later columns make up for what rounding a column does to the outputs, as far as their inputs go together.
     order, upper, block = torch.stack([x.order for x in infos]), torch.stack([x.hinv_chol for x in infos]), 128
     at, back = (x.unsqueeze(1).expand(-1, len(ws[0]), -1) for x in (order, order.argsort(1)))
@@ -1550,7 +1550,7 @@ def quantize(model: GPT, infos: dict[str, HessianInfo], log2_step: float, c: Con
         if infos[name].hinv_chol is None:
             codes[name] = grids[name].nearest(p.detach())
         else:
-            banks[p.shape].append(name)
+            banks[p.shape, p.role].append(name)  # a role has one qmax
     for names in banks.values():
         bank = ([of[name] for name in names] for of in (params, grids, infos))
         codes |= zip(names, gptq(*bank), strict=True)
@@ -1588,15 +1588,15 @@ def step_range(c: Config) -> tuple[float, float]:
 
 
 def fit_entropy(model: GPT, infos: dict[str, HessianInfo], budget: int, c: Config) -> float:
-    """Return the log2_step at which the nearest codes' entropy is 0.96 of the budget; LZMA takes about 3 % more."""
+    """Return the log2_step at which the nearest codes' entropy is 0.96 of the budget: int6's LZMA takes 3 % more."""
     low, high = step_range(c)
     for _ in range(16):
-        middle, counts = (low + high) / 2, torch.zeros(N_TABLES * 256, dtype=torch.int64)
+        middle, counts = (low + high) / 2, torch.zeros(Grid.N_EXPONENTS * 256, dtype=torch.int64)
         for name, p in quantized_parameters(model).items():
             grid = GRIDS[c.quant](p.detach(), p.role, infos.get(name), middle, c)
             cell = 256 * grid.exponents().long() + 128 + grid.nearest(p.detach()).long()
             counts += cell.flatten().bincount(minlength=len(counts)).cpu()
-        counts = counts.view(N_TABLES, 256).double()
+        counts = counts.view(Grid.N_EXPONENTS, 256).double()
         bits = -torch.xlogy(counts, counts / counts.sum(1, keepdim=True).clamp(min=1)).sum() / math.log(2)
         low, high = (middle, high) if bits > 8 * 0.96 * budget else (low, middle)
     return high
@@ -1629,11 +1629,11 @@ def fit_to_size(model: GPT, infos: dict[str, HessianInfo], net: BiasNet, c: Conf
 # The container: a prefix, a sha256 of all but itself, a JSON header, and the parts one after the other.
 ARTIFACT_MAGIC, ARTIFACT_VERSION = b"PGOLF", 5
 PREFIX = struct.Struct("<5sBI")  # magic, version, header bytes
+PARTS = "scales", "rows", "columns", "caps", "frequencies", "codes", "float16", "mixer"
 # Codes hardly repeat: the cheapest match finder costs no byte and a sixth of preset 9e's time (logs/lzma_filters.txt).
 LZMA = dict(id=lzma.FILTER_LZMA2, preset=6, lc=0, lp=0, pb=0, dict_size=4096, mf=lzma.MF_HC4, nice_len=273, depth=1)
 # At full size the codes take five seconds (logs/plan_h100.txt); the export packs them again with the fitted mixer.
 compress = functools.lru_cache(32)(functools.partial(lzma.compress, format=lzma.FORMAT_RAW, filters=[LZMA]))
-decompress = functools.partial(lzma.decompress, format=lzma.FORMAT_RAW, filters=[LZMA])
 
 
 def as_bytes(tensors) -> bytes:
@@ -1684,9 +1684,9 @@ def read_artifact(path: str | Path) -> tuple[dict, dict[str, bytes]]:
             raise ValueError("its checksum differs: it is truncated or altered")
         header = json.loads(body[:header_bytes]) | dict(file_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
         ends = np.cumsum([header_bytes, *header["parts"].values()]).tolist()
-        names = header["tokenizer"], *header["parts"]  # they go to logs and messages
-        if ends != sorted(ends) or ends[-1] != len(body) or not all(map(str.isalnum, names)):
-            raise ValueError(f"its parts end at {ends[-1]} of {len(body)} bytes, or a name is none")
+        known = set(header["parts"]) <= set(PARTS) and header["tokenizer"].isalnum()  # both go to logs and messages
+        if ends != sorted(ends) or ends[-1] != len(body) or not known:
+            raise ValueError(f"its parts end at {ends[-1]} of {len(body)} bytes, or have other names than {PARTS}")
         return header, {part: body[a:b] for part, a, b in zip(header["parts"], ends, ends[1:], strict=False)}
 
 
@@ -1706,13 +1706,16 @@ def with_artifact(c: Config, header: dict, env: dict[str, str]) -> Config:
 @refusing("ARTIFACT_PATH: not an artifact of this script")
 def unpack(parts: dict[str, bytes], c: Config, device: torch.device) -> tuple[GPT, BiasNet]:
     """Return the model and the mixer that an artifact's parts hold. Raise InputError where they are none."""
-    with torch.device("meta"):  # takes no memory: the parts have to fill the model before it is made
-        quantized = quantized_parameters(GPT(c))
+    with torch.device("meta"):  # takes no memory
+        quantized = quantized_parameters(empty := GPT(c))
+    if sum(map(Tensor.numel, empty.parameters())) > 32 * sum(map(len, parts.values())) + 2**24:
+        raise ValueError("a model of more than four numbers a bit")
     shapes = [p.shape for p in quantized.values()]
 
     def read(part: str, dtype: str, shapes: list, packed: bool = True) -> list[Tensor]:
-        raw = decompress(parts[part]) if packed else parts[part]
-        numbers = torch.from_numpy(np.frombuffer(raw, dtype).copy()).split([math.prod(shape) for shape in shapes])
+        sizes, unpacker = [math.prod(x) for x in shapes], lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[LZMA])
+        raw = unpacker.decompress(parts[part], 1 + sum(sizes) * np.dtype(dtype).itemsize) if packed else parts[part]
+        numbers = torch.from_numpy(np.frombuffer(raw, dtype).copy()).split(sizes)
         return [x.view(shape) for x, shape in zip(numbers, shapes, strict=True)]
 
     scales = read("scales", "<f2", [(n if c.quant == "int6" else 1,) for n, _ in shapes])
@@ -1720,7 +1723,7 @@ def unpack(parts: dict[str, bytes], c: Config, device: torch.device) -> tuple[GP
     columns = read("columns", "i1", [(n,) for _, n in shapes])
     grids = list(map(Grid, scales, rows, columns, caps, (code_limit(p.role, c) for p in quantized.values())))
     if c.codec == "rans":
-        frequencies = read("frequencies", "<u2", [(N_TABLES, 256)])[0].numpy().astype(np.int64)
+        frequencies = read("frequencies", "<u2", [(Grid.N_EXPONENTS, 256)])[0].numpy().astype(np.int64)
         tables = np.frombuffer(as_bytes(grid.exponents() for grid in grids), dtype=np.uint8)
         parts = {**parts, "codes": rans_decode(parts["codes"], tables, frequencies).tobytes()}
     codes = read("codes", "i1", shapes, packed=c.codec == "lzma")
@@ -1734,15 +1737,15 @@ def unpack(parts: dict[str, bytes], c: Config, device: torch.device) -> tuple[GP
 
 # The coder is a range asymmetric numeral system (Duda 2013, arXiv 1311.2540) with 32-bit states and 16-bit words. The
 # codes are dealt to RANS_LANES states in turn; NumPy takes a step of all of them at once.
-RANS_LANES, RANS_BITS, RANS_LOW, N_TABLES = 512, 14, 1 << 16, Grid.MAX_EXPONENT + 1
+RANS_LANES, RANS_BITS, RANS_LOW = 512, 14, 1 << 16
 
 
 def rans_frequencies(values: np.ndarray, tables: np.ndarray) -> np.ndarray:
-    """Return how often each byte occurs under each table, in parts of 2^RANS_BITS: int64 [N_TABLES, 256]."""
-    counts = np.bincount(256 * tables.astype(np.int64) + values, minlength=256 * N_TABLES).reshape(-1, 256)
+    """Return how often each byte occurs under each table, in parts of 2^RANS_BITS: int64 [Grid.N_EXPONENTS, 256]."""
+    counts = np.bincount(256 * tables.astype(np.int64) + values, minlength=256 * Grid.N_EXPONENTS).reshape(-1, 256)
     seen, total = counts > 0, counts.sum(1, keepdims=True).clip(1)
     frequencies = counts * ((1 << RANS_BITS) - seen.sum(1, keepdims=True)) // total + seen
-    frequencies[np.arange(N_TABLES), counts.argmax(1)] += (1 << RANS_BITS) - frequencies.sum(1)
+    frequencies[np.arange(Grid.N_EXPONENTS), counts.argmax(1)] += (1 << RANS_BITS) - frequencies.sum(1)
     return frequencies
 
 
@@ -1935,7 +1938,7 @@ class RowBlock:
 
 
 class Mixer:
-    """Rows in, one row out: here the network's as they are. `mix` leaves all state alone, `learn` takes in a chunk."""
+    """Rows in, one row out: the network's as they are. `mix` changes only a block's carry; `learn` takes in a chunk."""
 
     def __init__(self, c: Config, dist: Dist, net: BiasNet):
         self.c, self.dist = c, dist
@@ -2192,7 +2195,7 @@ def calibrate(model: GPT, net: BiasNet, loader: TrainLoader, c: Config, dist: Di
 # stride of rows, whatever the chunk's length. About K + 4 of them live at a time with K experts.
 BLOCK_CELLS = 2**25
 SUM_TOLERANCE = 1e-5  # of a row in float32; the largest of a pass is below 1e-6
-# Of a pass: nll of every position, float64 [N]; its mean; bits per byte; the largest |sum of a row - 1|.
+# Of a pass: nll of every position in nats, float64 [N]; its mean; bits per byte; the largest |sum of a row - 1|; time.
 Score = namedtuple("Score", "nll val_loss val_bpb max_sum_error seconds")
 
 
@@ -2251,14 +2254,14 @@ class Deadline:
 
     def __init__(self, dist: Dist, n_chunks: int = 0, seconds: float = math.inf, stop_after: int | None = None):
         self.left, self.stop_after, self.clock, self.seconds = n_chunks, stop_after, Clock(dist), seconds
-        self.adapted, self.learned, self.before, self.scored = 0, 0.0, 0.0, deque(maxlen=9)
+        self.adapted, self.adapting, self.last, self.scoring = 0, 0.0, 0.0, deque(maxlen=9)
 
     def allows(self) -> bool:
         """Return whether to adapt to the chunk that has just been scored; `adapt` says when that is done."""
-        self.left, began, self.before = self.left - 1, self.before, self.clock.seconds()
-        self.scored.append(self.before - began)
-        typical = sorted(self.scored)[(len(self.scored) - 1) // 2]  # the lower median: the first chunks compile
-        late = len(self.scored) > 3 and self.before + self.learned + self.left * typical > 0.97 * self.seconds
+        self.left, began, self.last = self.left - 1, self.last, self.clock.seconds()
+        self.scoring.append(self.last - began)
+        typical = sorted(self.scoring)[(len(self.scoring) - 1) // 2]  # the lower median: the first chunks compile
+        late = len(self.scoring) > 3 and self.last + self.adapting + self.left * typical > 0.97 * self.seconds
         if self.stop_after is None and late:
             self.stop_after = self.adapted
             log.info(f"ttt_stop: after {self.adapted} chunks, with {self.left} chunks left to score")
@@ -2266,8 +2269,8 @@ class Deadline:
 
     def adapt(self) -> None:
         """Count and time an adaptation that has just ended."""
-        began, self.before, self.adapted = self.before, self.clock.seconds(), self.adapted + 1
-        self.learned = self.before - began
+        began, self.last, self.adapted = self.last, self.clock.seconds(), self.adapted + 1
+        self.adapting = self.last - began
 
 
 class TTT(SlidingWindow):
@@ -2389,7 +2392,7 @@ def row_slices(n: int, predictor):
 
 def score(predictor, stream: Stream, chunk_tokens: int, dist: Dist) -> dict[str, Score]:
     """Predict, score, update, from left to right. Return a score a stage. Raise InputError for an improper row."""
-    clock, logged, worst = Clock(dist), 0.0, dict.fromkeys(predictor.stages, 0.0)
+    clock, logged, last, worst = Clock(dist), 0.0, predictor.stages[-1], dict.fromkeys(predictor.stages, 0.0)
     nll = {stage: torch.zeros(len(stream), dtype=torch.float64) for stage in predictor.stages}
     for chunk in stream.chunks(chunk_tokens):
         for rows in row_slices(len(chunk.inputs), predictor):
@@ -2404,16 +2407,18 @@ def score(predictor, stream: Stream, chunk_tokens: int, dist: Dist) -> dict[str,
                     raise InputError(f"rows up to {done}: a sum is off by {worst[stage]}; allowed is {SUM_TOLERANCE}")
         if not chunk.is_last:
             predictor.update(chunk.tokens)
-        clock.show(f"  {stage} [{done}/{len(stream)}]", done, len(stream))
+        clock.show(f"  {last} [{done}/{len(stream)}]", done, len(stream))
         if clock.seconds() - logged >= 10:
-            logged, bpb = clock.seconds(), bits_per_byte(nll[stage][:done], stream.token_bytes[:done])
-            log.info(f"  {stage}_chunk [{done}/{len(stream)}] bpb={bpb:.4f} time={logged:.1f}s")
+            logged, bpb = clock.seconds(), bits_per_byte(nll[last][:done], stream.token_bytes[:done])
+            log.info(f"  {last}_chunk [{done}/{len(stream)}] bpb={bpb:.4f} time={logged:.1f}s")
     bpb, seconds = {stage: bits_per_byte(x, stream.token_bytes) for stage, x in nll.items()}, round(clock.seconds(), 3)
     return {stage: Score(x, x.mean().item(), bpb[stage], worst[stage], seconds) for stage, x in nll.items()}
 
 
 # ==================== main ============================================================================================
 # The order of the phases, and the records of a run.
+
+VERSIONS = {"python": platform.python_version()} | {x.__name__: x.__version__ for x in (torch, np, sentencepiece)}
 
 
 def evaluate(model: GPT, net: BiasNet, c: Config, dist: Dist, tokenizer: Tokenizer, stream: Stream):
@@ -2446,12 +2451,11 @@ def evaluate(model: GPT, net: BiasNet, c: Config, dist: Dist, tokenizer: Tokeniz
 
 def log_score(stage: str, x: Score, stream: Stream, c: Config) -> None:
     """Log a stage's score by the names under which the field's scripts find it."""
-    quant, partial = quant_label(c), "" if stream.whole else f" partial:{len(stream)}_tokens"
-    labels = dict(roundtrip=f"final_{quant}_roundtrip", sliding=f"final_{quant}_sliding_window", ttt="legal_ttt")
-    label = labels.get(stage, stage)
-    log.info(f"{label} val_loss:{x.val_loss:.4f} val_bpb:{x.val_bpb:.4f} eval_time:{1000 * x.seconds:.0f}ms{partial}")
+    q, partial = quant_label(c), "" if stream.whole else f" partial:{len(stream)}_tokens"
+    tag = dict(roundtrip=f"final_{q}_roundtrip", sliding=f"final_{q}_sliding_window", ttt="legal_ttt").get(stage, stage)
+    log.info(f"{tag} val_loss:{x.val_loss:.4f} val_bpb:{x.val_bpb:.4f} eval_time:{1000 * x.seconds:.0f}ms{partial}")
     exact = f"val_loss:{x.val_loss:.8f} val_bpb:{x.val_bpb:.8f} max_sum_error:{x.max_sum_error:.2e}"
-    log.info(f"{label}_exact {exact}{partial}")
+    log.info(f"{tag}_exact {exact}{partial}")
 
 
 def hardware(dist: Dist) -> str:
@@ -2460,15 +2464,11 @@ def hardware(dist: Dist) -> str:
     return f"{dist.world_size} process(es) on CPU, {torch.get_num_threads()} thread(s) each, {platform.machine()}"
 
 
-def versions() -> dict[str, str]:
-    return dict(python=platform.python_version(), **{x.__name__: x.__version__ for x in (torch, np, sentencepiece)})
-
-
 def log_start(c: Config, dist: Dist, stream: Stream | None) -> None:
     """Log every value in force and what the run stands on."""
     mine, device, kernels = dist.share(c.batch_seqs), dist.device, choose_kernels(c, dist.device)
     n_passes = -(-(mine.stop - mine.start) // max(1, c.micro_batch_tokens // c.train_seq_len))
-    lines = [*c.lines(), f"hardware: {hardware(dist)}", f"versions: {json.dumps(versions())}"]
+    lines = [*c.lines(), f"hardware: {hardware(dist)}", f"versions: {json.dumps(VERSIONS)}"]
     lines.append(f"script_sha256:{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}")
     lines += [f"seed:{c.seed}", f"world_size:{dist.world_size} grad_accum_steps:{n_passes}"]
     lines.append(f"device:{device} dtype:{activation_dtype(c, device)} compile:{int(compiles(c, device))}")
@@ -2518,7 +2518,7 @@ def train_and_export(tokenizer: Tokenizer, c: Config, dist: Dist, stream: Stream
     model, loader = make_model(c, dist.device).init_weights(c.seed).to(dist.device), TrainLoader(c, dist)
     log.info(f"model_params:{sum(p.numel() for p in model.parameters())}")
     log.info(f"artifact_budget:{artifact_budget(model, c)} bytes beside the script")
-    batch = loader.run_rows(0, max(1, c.gptq_tokens // c.train_seq_len))  # read now: the export must not need the files
+    batch = loader.sequences(0, max(1, c.gptq_tokens // c.train_seq_len))  # read now: the export must not need files
     if compiles(c, dist.device):
         compile_ahead(model, loader, tokenizer, c, dist)
     averages, clock, record = train(model, loader, c, dist, stream)
@@ -2555,7 +2555,7 @@ def execute(c: Config, env: dict[str, str], dist: Dist) -> None:
         trained = None if c.phase == "eval" else train_and_export(tokenizer, c, dist, stream)
         header, parts = packed or dist.broadcast(read_artifact, path)  # from here on, only what the file says counts
         record = dict(run_id=run_id, seed=c.seed, config=dataclasses.asdict(c), hardware=hardware(dist))
-        record |= dict(versions=versions(), kernels=choose_kernels(c, dist.device)._asdict(), train=trained)
+        record |= dict(versions=VERSIONS, kernels=choose_kernels(c, dist.device)._asdict(), train=trained)
         record |= dict(artifact=size_record(path, header, c), stages={}, final_stage=None, val_bpb=None)
         dist.broadcast(write_records, record, {}, stream, c)  # before scoring, which may be ended
         if c.phase != "train":
@@ -2583,7 +2583,7 @@ def main() -> int:
             log.info(reason)
         elif env.get("RANK", "0") != "0":
             time.sleep(5)  # if the main rank met it too, torchrun ends this one before it says the same again
-        print(f"error: {reason}", file=sys.stderr, flush=True)
+        print(("\033[K" if sys.stderr.isatty() else "") + f"error: {reason}", file=sys.stderr, flush=True)
         # Without waiting for the other ranks, which may be in a collective that never ends.
         return 128 + number if number else 2
     dist.close()

@@ -59,7 +59,7 @@ def model(c):
 @pytest.fixture(scope="module")
 def batch(c):
     """Eight sequences of training text."""
-    return train_gpt.TrainLoader(c, Dist()).run_rows(0, 8)
+    return train_gpt.TrainLoader(c, Dist()).sequences(0, 8)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +136,7 @@ def test_hessian_s_steps_are_half_octaves_and_never_clip_a_row_s_largest_weight(
     w[0, 0] = factor * w.abs().max()
     grid = GRIDS["hessian"](w, "matrix", info_like(w), log2_step, make("hessian"))
     exponents, codes = grid.exponents(), grid.nearest(w)
-    assert exponents.dtype == torch.uint8 and exponents.max() <= train_gpt.Grid.MAX_EXPONENT
+    assert exponents.dtype == torch.uint8 and exponents.max() <= train_gpt.Grid.N_EXPONENTS - 1
     steps = grid.scale.double() / 2 ** (exponents.double() / 2)
     torch.testing.assert_close(grid.steps().double(), steps, rtol=1e-6, atol=0)
     assert codes.abs().max() <= grid.qmax == 127
@@ -157,7 +157,7 @@ def test_hessian_s_errors_cost_the_same_everywhere_up_to_the_rounding_of_exponen
     exponents, finest = grid.exponents(), 2 * (127 * grid.scale.float() / w.abs().amax(1)).log2()
     assert (excess[exponents > 0] >= -1.001).all()
     assert (excess[exponents < grid.caps.unsqueeze(1)] <= 1.001).all()
-    assert ((grid.caps == train_gpt.Grid.MAX_EXPONENT) | (grid.caps + 1.001 > finest)).all()
+    assert ((grid.caps == train_gpt.Grid.N_EXPONENTS - 1) | (grid.caps + 1.001 > finest)).all()
 
 
 @settings(max_examples=60)
@@ -376,7 +376,7 @@ def test_an_export_holds_the_model_of_which_it_logs_the_loss(quant, codec, make,
     monkeypatch.setattr(train_gpt, "CALIBRATION_STEPS", 3)
     c = with_room(make(quant, codec, mixer_calibration_tokens=300, artifact_path=str(tmp_path / "x")), 33_000)
     model, loader = build(c), train_gpt.TrainLoader(c, Dist())
-    train_gpt.export(model, loader, loader.run_rows(0, 8), SHA, c, Dist())
+    train_gpt.export(model, loader, loader.sequences(0, 8), SHA, c, Dist())
     restored, net = train_gpt.unpack(read_artifact(tmp_path / "x")[1], c, CPU)
     for p, q in zip(model.parameters(), restored.parameters(), strict=True):
         assert torch.equal(p, q)
@@ -391,7 +391,7 @@ def test_an_export_holds_the_model_of_which_it_logs_the_loss(quant, codec, make,
     seed=st.integers(0, 2**32 - 1),
     n=st.integers(1, 3000),
     width=st.sampled_from([0.0, 0.1, 1.0, 30.0, 1e5]),
-    allowed=st.lists(st.integers(0, train_gpt.N_TABLES - 1), min_size=1, unique=True),
+    allowed=st.lists(st.integers(0, train_gpt.Grid.N_EXPONENTS - 1), min_size=1, unique=True),
 )
 def test_any_codes_of_any_tables_come_back_from_rans_in_their_entropy(seed, n, width, allowed):
     rng = np.random.default_rng(seed)
@@ -580,9 +580,16 @@ def test_an_artifact_from_a_stranger_loads_or_is_refused_in_one_line(packed, c, 
         assert "\n" not in str(error) and "ARTIFACT" in str(error).upper()
 
 
+def test_a_part_that_unpacks_to_more_than_the_shapes_say_takes_no_memory(path, c):
+    parts = read_artifact(path)[1]
+    parts["codes"] = train_gpt.compress(bytes(2**28))
+    with pytest.raises(InputError, match="split_with_sizes"):
+        train_gpt.unpack(parts, c, CPU)
+
+
 def test_more_weights_than_the_file_has_bits_are_refused_before_they_are_made(path, make):
     parts = read_artifact(path)[1]
-    assert "not an artifact" in refusal(train_gpt.unpack, parts, make(model_dim=16384), CPU)
+    assert "numbers a bit" in refusal(train_gpt.unpack, parts, make(model_dim=16384), CPU)
 
 
 @pytest.mark.parametrize("bits", [2, 6])

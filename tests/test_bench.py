@@ -316,7 +316,7 @@ def test_artifact_has_a_row_for_each_size_quantizer_and_codec(lines_of, tiny_con
     loader, stream = TrainLoader(c, dist), Stream(c, dist.device, tokenizer)
     monkeypatch.setattr(train_gpt, "train", None)  # the second time, the weights come from the file
     model = bench.load_or_train(weights, loader, c, dist)
-    infos = train_gpt.measure_hessians(model, loader.run_rows(0, max(1, c.gptq_tokens // c.train_seq_len)), dist)
+    infos = train_gpt.measure_hessians(model, loader.sequences(0, max(1, c.gptq_tokens // c.train_seq_len)), dist)
     assert bench.losses(model, loader, stream, c, dist) == (pytest.approx(nll, abs=1e-5), pytest.approx(bpb, abs=1e-5))
     for quant, codec, target, n_bytes, _, gap, found, *_ in rows[1:3]:
         size = int(target) + os.path.getsize(train_gpt.__file__)

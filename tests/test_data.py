@@ -378,9 +378,9 @@ def test_the_ranks_parts_of_other_rows_are_those_of_one_rank(counting, world_siz
         [TrainLoader(counting, Dist(r, world_size)) for r in range(world_size)],
     )
     for n in (1, 2, 31):
-        first = alone.run_rows(0, n)
+        first = alone.sequences(0, n)
         assert torch.equal(first, sequences(alone, 0, n))
-        assert torch.equal(torch.cat([loader.run_rows(0, n) for loader in loaders]), first)
+        assert torch.equal(torch.cat([loader.sequences(0, n) for loader in loaders]), first)
     assert torch.equal(torch.cat([averaging_rows(loader) for loader in loaders]), averaging_rows(alone))
     assert all(torch.equal(loader.calibration_text, alone.calibration_text) for loader in loaders)
 

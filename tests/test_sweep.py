@@ -100,6 +100,14 @@ def test_a_sweep_that_is_killed_goes_on(make_spec, tmp_path, how):
     assert len(list(runs.parent.glob("*.json"))) == 4  # none of the orphans went on
 
 
+def test_a_trial_that_was_killed_before_its_settings_were_stored_is_repeated_with_them(make_spec):
+    path = make_spec("SEED = [1, 2, 3]")
+    sweep.Sweep(sweep.read_spec(path)).study.ask()
+    run(path)
+    complete = study(path).get_trials(states=[optuna.trial.TrialState.COMPLETE])
+    assert sorted(trial.params["SEED"] for trial in complete) == [1, 2, 3]
+
+
 def test_a_crash_is_recorded_with_its_last_line_and_not_repeated(make_spec, capsys):
     path = make_spec("TTT_EPOCHS = [9, 1]")
     assert run(path) == run(path) == ["0.02 1 1"]
@@ -149,7 +157,7 @@ def test_the_best_settings_become_a_preset(make_spec, tmp_path):
         ("SEED = [1]", dict(command="no_such_program x"), "allowed is programs that are there"),
         ("SEED = [1]", dict(seconds=0), "seconds=0: allowed is a number above 0"),
         ("PHASE = ['train']", {}, "env=.*allowed is all but"),
-        ("SEED = [", {}, "allowed is a TOML file"),
+        ("SEED = [", {}, "a TOML file with name"),
     ],
 )
 def test_a_bad_file_is_refused_before_anything_runs(make_spec, tmp_path, search, given, message):

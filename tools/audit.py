@@ -783,7 +783,7 @@ def report_of(subject: Subject, found: dict, two_part: str, args) -> dict:
         tokens=len(subject.head),
         chunks=subject.chunks or "the run's",
         hardware=train_gpt.hardware(subject.dist),
-        versions=train_gpt.versions(),
+        versions=train_gpt.VERSIONS,
         two_part_code=two_part,
         stretches=args.stretches,
         seed=args.seed,

@@ -534,7 +534,7 @@ def bench_artifact(args, c: Config, dist: Dist) -> None:
     tokenizer, loader = train_gpt.Tokenizer(c), train_gpt.TrainLoader(c, dist)
     stream = Stream(c, dist.device, tokenizer)
     model = load_or_train(Path(args.weights), loader, c, dist)
-    infos = train_gpt.measure_hessians(model, loader.run_rows(0, max(1, c.gptq_tokens // c.train_seq_len)), dist)
+    infos = train_gpt.measure_hessians(model, loader.sequences(0, max(1, c.gptq_tokens // c.train_seq_len)), dist)
     n_codes = sum(p.numel() for p in train_gpt.quantized_parameters(model).values())
     nll, bpb = losses(model, loader, stream, c, dist)
     headline(f"{Path(args.weights).name} on {extent(args, stream)}, disjoint windows", c, dist)
@@ -567,7 +567,7 @@ def through_file(model, infos, c: Config, tokenizer: train_gpt.Tokenizer, dist: 
 def code_entropy_bytes(quantized: train_gpt.Quantized) -> float:
     """Return the size of the codes under the best static table for each of the coder's tables."""
     cells = [(256 * grid.exponents().long() + codes + 128).flatten() for codes, grid in quantized.values()]
-    counts = torch.bincount(torch.cat(cells), minlength=256 * train_gpt.N_TABLES).view(-1, 256).double()
+    counts = torch.bincount(torch.cat(cells), minlength=256 * train_gpt.Grid.N_EXPONENTS).view(-1, 256).double()
     shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
     return -torch.xlogy(counts, shares).sum().item() / np.log(2) / 8
 

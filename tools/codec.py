@@ -1,13 +1,13 @@
 """Encode text to bits and decode it, with the rows that a score is made of. The bits are as many as the score states.
 
 python tools/codec.py encode --artifact A --data D --tokens N --out F            # the head of the validation stream
-python tools/codec.py encode --artifact A --tokenizer T --file any.txt --out F   # any file of UTF-8, by an exact T
+python tools/codec.py encode --artifact A --tokenizer T --file any.txt --out F   # a file of UTF-8; T normalizes nothing
 python tools/codec.py decode --artifact A --tokenizer T --file F --out text.txt  # elsewhere, from A, T and F alone
 
 The artifact holds the settings of scoring; a setting in the environment (TTT_CHUNK_TOKENS=512) overrides it. Both
-sides need the same settings, and the same STAGES, DEVICE, DTYPE and MICRO_BATCH_TOKENS, which belong to the machine.
+sides need the same settings, and the same STAGES, DEVICE, DTYPE and MICRO_BATCH_TOKENS, which it does not hold.
 
-Both sides must make each row to the last bit. Both ask `predict` for the same EVAL_STRIDE rows at a time and give it
+Both sides must make each row to the last bit. Both ask `predict` for as many rows as its stride at a time and give it
 the chunk up to there: dense tensors have the same shapes. The encoder has all of these inputs, and the decoder has
 zeros in place of the tokens that it does not know yet. A row's arithmetic does not touch what comes after it.
 Attention adds exact zeros for later positions. A matrix product sums over channels and not over rows. The hash chains
@@ -37,7 +37,7 @@ from runs import be_deterministic, load_run
 from train_gpt import InputError, Tokenizer
 
 MAGIC = b"\xb7"  # one byte: a file is measured by its length
-CHECKSUM_BYTES, MOST_TOKENS = 4, 2**27  # twice the competition's validation text
+CHECKSUM_BYTES, MOST_TOKENS = 4, 2**27  # the latter: twice the competition's validation text
 SLACK_BITS = 128  # by which the coder's interval may be narrower: a file's last zeros are left out
 UNKNOWN = 0  # stands where the decoder knows no token yet
 
@@ -180,8 +180,10 @@ def file_tokens(data: bytes, tokenizer: Tokenizer, args) -> Tensor:
     except UnicodeDecodeError as error:
         raise InputError(f"--file={args.file}: byte {error.start} is no UTF-8; allowed is text") from None
     ids = tokenizer.sp.encode(text)
-    if not ids or tokenizer.sp.decode(ids) != text:
-        allowed = "one that normalizes nothing, such as data/prepare.py trains, and a text that is not empty"
+    if not 0 < len(ids) <= MOST_TOKENS:
+        raise InputError(f"--file={args.file}: {len(ids)} tokens; allowed are 1 to {MOST_TOKENS}")
+    if tokenizer.sp.decode(ids) != text:
+        allowed = "a text that it gives back; one that normalizes loses line breaks, those of data/prepare.py do not"
         raise InputError(f"--tokenizer={args.tokenizer}: it does not give {args.file} back; allowed is {allowed}")
     return torch.tensor([tokenizer.bos_id, *ids])
 
@@ -192,7 +194,7 @@ def load_without_shards(args):
 
 
 def run_encode(args) -> None:
-    if args.file:
+    if args.file is not None:
         if not args.tokenizer:
             raise InputError("--tokenizer: none; allowed with --file is the tokenizer.model of the artifact")
         run, text = load_without_shards(args), read_file(args.file)
@@ -243,7 +245,9 @@ def main() -> int:
         if name == "encode":
             source = command.add_mutually_exclusive_group(required=True)
             source.add_argument("--data", metavar="DIR", help="shards and tokenizer")
-            source.add_argument("--file", metavar="FILE", help="any text in UTF-8, with --tokenizer")
+            source.add_argument(
+                "--file", metavar="FILE", help="a text in UTF-8, with a --tokenizer that normalizes nothing"
+            )
             command.add_argument("--tokens", type=int, default=8192, help="how many of --data [8192]")
             command.add_argument("--text", metavar="FILE", help="write the same text plainly, to compare")
         else:

@@ -48,7 +48,7 @@ class Series:
 
 
 def learning_rates(settings: dict[str, str], steps: int) -> list[tuple[int, float]]:
-    """Return (step, part of the full rates) by the settings of a run of this script that took so many steps."""
+    """Return (step, part of the full rates) by a run's settings, as if its number of steps had been known before."""
     fields = [f for f in dataclasses.fields(Config) if f.name.upper() in settings]
     with suppress(InputError):  # of a version with other settings
         c = Config(**{f.name: parse(f, settings[f.name.upper()]) for f in fields})
@@ -99,9 +99,9 @@ def plot_training(series: list[Series]):
     top.set(ylabel="training loss (nats a token)", yscale="log")
     top.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     top.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    middle.set(ylabel="part of\nfull rate", ylim=0)
     if not any(x.rates for x in series):
         middle.remove()
-    middle.set(ylabel="rate", ylim=0)
     bottom.set(xlabel="step", ylabel="ms a step", ylim=0)
     figure.legend(loc="outside lower center", frameon=False, ncols=1 if len(series) < 4 else 2, fontsize=12)
     return figure

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -231,9 +232,19 @@ def check_folder(folder: Path) -> list[str]:
     return wrong + against_sizes(stated, reports, folder / "train_gpt.py")
 
 
+def mapping(x) -> dict:
+    """Return a part of somebody's JSON if it has names, and no names otherwise."""
+    return x if isinstance(x, dict) else {}
+
+
+def count_seeds(reports: list[report.Report]) -> int:
+    """Return the number of seeds with a score; a log that states none counts as one of its own."""
+    return len({x.path if x.seed is None else x.seed for x in reports if x.final})
+
+
 def differs(stated, found, digits: bool = True) -> bool:
     """Return whether a stated number is not the one found, as far as it was written out. One that is none differs."""
-    if isinstance(stated, bool) or not isinstance(stated, (int, float)):
+    if isinstance(stated, bool) or not isinstance(stated, (int, float)) or abs(stated) > 1e15:
         return True
     return not abs(stated - found) <= (1.01 * 10 ** -decimals(stated) if digits else 0)
 
@@ -255,7 +266,7 @@ def against_results(results: dict[int, dict], reports: list[report.Report]) -> l
         if found.steps and "steps" in row and differs(row["steps"], found.steps, digits=False):
             wrong.append(f"seed {seed}: steps is {row['steps']}, its log states {found.steps}")
         sizes = {found.total_bytes, (found.total_bytes or 0) - (found.code_bytes or 0)}  # some count the script in
-        if found.total_bytes and row.get("artifact_bytes", found.total_bytes) not in sizes:
+        if found.total_bytes and row.get("artifact_bytes", found.total_bytes) not in list(sizes):
             wrong.append(f"seed {seed}: artifact_bytes is {row['artifact_bytes']}, its log states {sorted(sizes)}")
     return wrong
 
@@ -265,17 +276,18 @@ def against_headline(stated: dict, results: dict, reports: list[report.Report]) 
     wrong, finals = [], [x for x in reports if x.final]
     for name in ("val_bpb", "val_loss"):
         values = [getattr(x.final, name) for x in finals if not results or x.seed in results]
-        if stated.get(name) is None and name in (stated.get("reasons") or {}):
+        if stated.get(name) is None and name in mapping(stated.get("reasons")):
             continue
         if name in stated and values and differs(stated[name], mean := statistics.fmean(values)):
             wrong.append(f"{name} is {stated[name]}, the mean of {len(values)} logs {mean:.8f}")
-        if stated.get(f"{name}_std") is not None and len(values) > 1:
-            spreads = statistics.stdev(values), statistics.pstdev(values)  # some divide by n
+        if stated.get(f"{name}_std") is not None and len(values) > 1 and all(map(math.isfinite, values)):
+            forms = values, [round(x, 4) for x in values]  # some take the rounded scores, some divide by n
+            spreads = [of(x) for of in (statistics.stdev, statistics.pstdev) for x in forms]
             if all(differs(stated[f"{name}_std"], x) for x in spreads):
                 wrong.append(f"{name}_std is {stated[f'{name}_std']}, that of the logs {spreads[0]:.8f}")
     if "val_bpb" not in stated:
         wrong.append("no val_bpb")
-    if (n := len({x.seed for x in finals})) < 3:
+    if (n := count_seeds(reports)) < 3:
         wrong.append(f"{n} seeds with a score; three are wanted")
     texts = {x.val_tokens for x in reports if x.val_tokens}
     for n in sorted(n for n in texts if all(abs(n - full) > 4096 for full in FULL_TOKENS)):
@@ -285,7 +297,7 @@ def against_headline(stated: dict, results: dict, reports: list[report.Report]) 
 
 def against_compliance(stated: dict, reports: list[report.Report]) -> list[str]:
     """Return which conditions are called kept and are, by the logs, not."""
-    claimed = stated.get("compliance") if isinstance(stated.get("compliance"), dict) else {}
+    claimed = mapping(stated.get("compliance"))
     largest = {
         name: max((value for x in reports if (value := getattr(x, name))), default=0)
         for name in ("train_seconds", "eval_seconds", "total_bytes")
@@ -294,10 +306,12 @@ def against_compliance(stated: dict, reports: list[report.Report]) -> list[str]:
         train_under_600s=largest["train_seconds"] <= report.LIMIT_SECONDS,
         eval_under_600s=largest["eval_seconds"] <= report.LIMIT_SECONDS,
         artifact_under_16mb=largest["total_bytes"] <= CAP_BYTES,
-        three_seeds=len({x.seed for x in reports if x.final}) >= 3,
+        three_seeds=count_seeds(reports) >= 3,
     )
     return [
-        f"compliance: {name} is called true; its logs do not" for name in kept if claimed.get(name) and not kept[name]
+        f"compliance: {name} is called true; its logs do not"
+        for name in kept
+        if claimed.get(name) is True and not kept[name]
     ]
 
 
@@ -310,8 +324,11 @@ def against_sizes(stated: dict, reports: list[report.Report], script: Path) -> l
             wrong.append(f"bytes_total is {stated['bytes_total']}; the largest of the logs is {largest}")
     models = [x.total_bytes - (x.code_bytes or 0) for x in reports if x.total_bytes]
     for name, of in (("artifact_bytes_mean", statistics.fmean), ("artifact_bytes_max", max)):
-        sizes = sorted({f(of(x)) for x in (models, totals) if x for f in (int, round)})  # some count the script in
-        if sizes and stated.get(name) is not None and all(differs(stated[name], x) for x in sizes):
+        sizes = sorted(
+            {f(of(x)) for x in (models, totals) if x for f in (int, round, float)}
+        )  # some count the script in
+        complete = len(models) == len(mapping(stated.get("seed_results")) or models)  # of each seed a log
+        if sizes and complete and stated.get(name) is not None and all(differs(stated[name], x) for x in sizes):
             wrong.append(f"{name} is {stated[name]}; that of the logs is {' or '.join(map(str, sizes))}")
     logged = {x.code_bytes for x in reports if x.code_bytes}
     if not script.is_file():

@@ -99,7 +99,7 @@ class Spec:
     def __post_init__(self):
         for name, kind in TYPES.items():
             if not isinstance(value := getattr(self, name), kind):
-                raise InputError(f"{name}={value!r}: allowed is a {kind.__name__}")
+                raise ValueError(f"{name}={value!r}: allowed is a {kind.__name__}")
         is_grid, choices = self.sampler == "grid", [x for x in self.search.values() if isinstance(x, list)]
         programs = [shlex.split(f"{slot} {self.command}")[0] for slot in self.slots if isinstance(slot, str)]
         given = self.search.keys() | self.env.keys()
@@ -117,7 +117,7 @@ class Spec:
             ("command", all(map(shutil.which, programs)), "programs that are there, also in slots"),
         ):
             if not kept:
-                raise InputError(f"{name}={getattr(self, name)}: allowed is {allowed}")
+                raise ValueError(f"{name}={getattr(self, name)}: allowed is {allowed}")
 
     @property
     def folder(self) -> Path:
@@ -159,7 +159,7 @@ class Spec:
 
 def read_spec(path: Path) -> Spec:
     """Return a sweep from its file; each trial of a grid is checked as train_gpt.py will check it. Raise InputError."""
-    with refusing(f"{path}: allowed is a TOML file with name and [search]"):
+    with refusing(f"{path}: no sweep, which is a TOML file with name and [search]"):
         given = tomllib.loads(path.read_text(encoding="utf-8"))
         if unknown := given.keys() - {f.name for f in fields(Spec)}:
             raise ValueError(f"{', '.join(sorted(unknown))}: allowed are {', '.join(f.name for f in fields(Spec))}")
@@ -176,6 +176,7 @@ def key(params: dict) -> tuple:
 
 
 def own_params(trial: FrozenTrial) -> dict:
+    """Return a trial's settings, also of one that was killed before the study had taken them in."""
     return trial.params or trial.user_attrs.get("given", {})
 
 
@@ -230,7 +231,7 @@ def prepare(study: optuna.Study, spec: Spec) -> None:
         if trial.state == TrialState.RUNNING and is_dead(trial, spec):
             value = spec.score(trial.number)
             if value is None:
-                study.enqueue_trial(trial.params, dict(given=trial.params))
+                study.enqueue_trial(own_params(trial), dict(given=own_params(trial)))
                 remove_empty(spec, trial.number)
             study.tell(trial.number, value, TrialState.FAIL if value is None else TrialState.COMPLETE)
         elif trial.state == TrialState.RUNNING:

@@ -174,7 +174,7 @@ def test_a_model_on_the_gpu_is_fitted_to_the_size_and_comes_back(tiny_config, tm
     path = tmp_path / "x.artifact"
     c = tiny_config(**WIDE | settings, target_bytes=target, device="cuda", artifact_path=str(path))
     model, loader = model_on_gpu(c), TrainLoader(c, on_gpu())
-    train_gpt.export(model, loader, loader.run_rows(0, max(1, c.gptq_tokens // c.train_seq_len)), "sha", c, on_gpu())
+    train_gpt.export(model, loader, loader.sequences(0, max(1, c.gptq_tokens // c.train_seq_len)), "sha", c, on_gpu())
     assert 0.9 * budget < path.stat().st_size <= budget
     restored = train_gpt.unpack(train_gpt.read_artifact(path)[1], c, DEVICE)[0]
     for name, p in train_gpt.quantized_parameters(model).items():
@@ -185,7 +185,7 @@ def test_hessians_on_the_gpu_follow_the_cpu(tiny_config):
     """On the first training text, in float32 on both."""
     c, found = tiny_config(**WIDE), []
     for dist in (Dist(), on_gpu()):
-        batch = TrainLoader(c, dist).run_rows(0, max(1, c.gptq_tokens // c.train_seq_len))
+        batch = TrainLoader(c, dist).sequences(0, max(1, c.gptq_tokens // c.train_seq_len))
         found.append(train_gpt.measure_hessians(build(c).to(dist.device), batch, dist))
     for name, expected in found[0].items():
         for side in ("rows", "columns"):
