@@ -645,7 +645,7 @@ class TrainLoader:
         return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows
 
     def batch(self, step: int) -> Tensor:
-        """Return this rank's sequences of an optimizer step. The host, which runs ahead, reads them in 2 ms of 80."""
+        """Return this rank's sequences of an optimizer step. The host, which runs ahead, takes about 2 ms."""
         return self.sequences(step * self.c.batch_seqs, self.c.batch_seqs)
 
 
@@ -912,7 +912,7 @@ class BigramEmbedding(nn.Module):
         self.scale = parameter("scalar", init=torch.tensor(0.05))
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        hashed = torch.bitwise_xor(36313 * tokens, 27191 * shift(tokens)) % (self.rows - 1)
+        hashed = torch.bitwise_xor(36313 * tokens, 27191 * shift(tokens)) % (self.rows - 1)  # as in PR #162
         alone = tokens == self.bos_id
         alone[:, 0] = True
         return self.scale.to(dtype) * self.proj(self.emb(hashed.masked_fill(alone, self.rows - 1)).to(dtype))
@@ -1326,7 +1326,7 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
         step, was = step + 1, now
         if c.checkpoint_every and step % c.checkpoint_every == 0:
             save_checkpoint((step, log2_step, clock.seconds()), model, optimizers, averages, c)
-        # The ranks agree on the clock every tenth step, and on every step near the end; between, the host runs ahead.
+        # The ranks agree on the clock in the first ten steps, each tenth and the last twenty; else the host runs ahead.
         if budget and (step <= 10 or step % 10 == 0 or total - step < 20):
             before, elapsed = elapsed, clock.seconds()
             pace = max(elapsed / step, elapsed - before if total - step < 19 else 0.0)
