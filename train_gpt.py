@@ -58,7 +58,7 @@ with suppress(ImportError):  # FlashAttention 3, Hopper only; PyPI's stub lacks 
     from flash_attn_interface import flash_attn_func
 
 # ==================== Config ==========================================================================================
-# Every setting of a run, from presets and environment. To score an artifact takes its own for both (with_artifact).
+# Every setting of a run, from presets and environment; an artifact to score brings its own (with_artifact).
 
 CAP_BYTES, LARGEST = 16_000_000, 10**15  # of script plus artifact, decimal; of any setting
 STAGES, FROZEN_STAGES = ("roundtrip", "sliding", "ttt", "mixed"), ("roundtrip", "sliding")
@@ -289,7 +289,7 @@ def refuse_unknown(env: dict[str, str], known: list[str]) -> None:
     others = " ".join(path.read_text() for path in CONFIGS.glob("*.txt")).split()
     for name in sorted(env.keys() - set(known)):
         family, underscore, _ = name.partition("_")
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85) if len(name) > 5 else []  # common words
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85) if len(name) > 5 else []  # STAGE is common
         if near or name in others or (underscore and family in families):
             members = near or [k for k in known if k.startswith(family + "_")]
             members = members or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
@@ -656,9 +656,7 @@ class Stream:
         paths = find_shards(c, "val")
         tokens = np.concatenate([check_ids(read_shard(path), c, path) for path in paths])
         if len(tokens) <= c.eval_seq_len:
-            raise InputError(
-                f"EVAL_SEQ_LEN={c.eval_seq_len}: allowed is less than the {len(tokens)} tokens of validation"
-            )
+            raise InputError(f"EVAL_SEQ_LEN={c.eval_seq_len}: allowed is less than the {len(tokens)} validation tokens")
         if tokens[0] != c.bos_id:
             raise InputError(f"shard {paths[0]}: it begins with token {tokens[0]}; allowed is BOS_ID={c.bos_id}")
         n, tokens = c.val_tokens or len(tokens) - 1, torch.from_numpy(tokens)
@@ -1117,6 +1115,7 @@ class Muon(torch.optim.Optimizer):
         shapes = sorted({p.shape for p in params}, key=lambda shape: (-shape.numel(), shape))
         self.banks = [[p for p in params if p.shape == shape] for shape in shapes]
 
+    @torch.no_grad()
     def reduce(self) -> list:
         """Begin to sum the gradients over ranks. Return by bank (this rank's shard, a function that waits)."""
         found = []
@@ -1138,6 +1137,7 @@ class Muon(torch.optim.Optimizer):
                 update = F.normalize(update, dim=-1)
             self.gathered.append(self.dist.all_gather(zeropower(update, self.c.muon_backend_steps, self.dtype)))
 
+    @torch.no_grad()
     def apply(self) -> None:
         """Wait for the updates, decay the matrices and move them."""
         group = self.param_groups[0]

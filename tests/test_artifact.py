@@ -288,6 +288,16 @@ def test_maps_are_rounded_by_gptq_and_tables_to_nearest_into_int8(quant, model, 
         assert is_map != torch.equal(codes.float(), nearest), name
 
 
+def test_an_untied_head_of_the_mlp_s_shape_keeps_its_own_range_of_codes(make, batch):
+    c = make(tie_embeddings=False)
+    c = dataclasses.replace(c, mlp_mult=c.vocab_size / c.model_dim)
+    model = build(c)
+    params, infos = quantized_parameters(model), train_gpt.measure_hessians(model, batch, Dist())
+    assert params["head.weight"].shape == params["blocks.0.up.weight"].shape
+    codes = train_gpt.quantize(model, infos, -5.0, c)["head.weight"][0]
+    assert codes.abs().max() > train_gpt.code_limit("matrix", c)
+
+
 # Fit to the size
 
 

@@ -504,7 +504,7 @@ def test_a_part_of_the_stream_says_that_it_is_one(counting_stream, val_tokens, w
 
 def test_a_stream_shorter_than_a_window_is_refused(counting_stream):
     assert len(counting_stream(eval_seq_len=100)) == 100
-    with pytest.raises(InputError, match="EVAL_SEQ_LEN=101: .*the 101 tokens of validation"):
+    with pytest.raises(InputError, match="EVAL_SEQ_LEN=101: .*the 101 validation tokens"):
         counting_stream(eval_seq_len=101)
 
 

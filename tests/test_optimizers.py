@@ -40,7 +40,6 @@ def test_zero_gradient_gives_a_zero_update():
     assert torch.equal(zeropower(torch.zeros(2, 5, 7), 5, torch.float32), torch.zeros(2, 5, 7))
 
 
-@torch.no_grad()
 def muon_step(muon):
     muon.reduce()
     muon.step()

@@ -324,9 +324,8 @@ def against_sizes(stated: dict, reports: list[report.Report], script: Path) -> l
             wrong.append(f"bytes_total is {stated['bytes_total']}; the largest of the logs is {largest}")
     models = [x.total_bytes - (x.code_bytes or 0) for x in reports if x.total_bytes]
     for name, of in (("artifact_bytes_mean", statistics.fmean), ("artifact_bytes_max", max)):
-        sizes = sorted(
-            {f(of(x)) for x in (models, totals) if x for f in (int, round, float)}
-        )  # some count the script in
+        # Some count the script in; some cut or round the mean.
+        sizes = sorted({f(of(x)) for x in (models, totals) if x for f in (int, round, float)})
         complete = len(models) == len(mapping(stated.get("seed_results")) or models)  # of each seed a log
         if sizes and complete and stated.get(name) is not None and all(differs(stated[name], x) for x in sizes):
             wrong.append(f"{name} is {stated[name]}; that of the logs is {' or '.join(map(str, sizes))}")
