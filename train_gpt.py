@@ -1940,6 +1940,8 @@ class RowBlock:
 class Mixer:
     """Rows in, one row out: the network's as they are. `mix` changes only a block's carry; `learn` takes in a chunk."""
 
+    note = ""  # of its state, for the log
+
     def __init__(self, c: Config, dist: Dist, net: BiasNet):
         self.c, self.dist = c, dist
 
@@ -2160,6 +2162,8 @@ class Hedge(Mixer):
 
     def learn(self, tokens: Tensor, blocks: list[RowBlock]) -> None:
         self.log_w = self.close(blocks[-1].carry, tokens[-1])
+        weights = zip(self.experts, self.log_w.softmax(0).tolist(), strict=True)
+        self.note = " hedge_weights: " + " ".join(f"{name}:{w:.6f}" for name, w in weights)
         for expert in self.experts.values():
             expert.learn(tokens, blocks)
 
@@ -2201,6 +2205,8 @@ Score = namedtuple("Score", "nll val_loss val_bpb max_sum_error seconds")
 
 class SlidingWindow:
     """The model as it is. Row t is the softmax of its logits over the window that scores position t."""
+
+    note = ""  # of its state, for the log
 
     def __init__(self, stage: str, model, c: Config, dist: Dist, stride: int, temperature: float = 1.0):
         self.stages, self.model, self.c, self.dist = (stage,), model, c, dist
@@ -2337,7 +2343,7 @@ class MixedTTT:
     def __init__(self, neural: SlidingWindow, mixer: Mixer, c: Config, dist: Dist):
         self.stages, self.neural, self.mixer, self.dist = ("ttt", "mixed"), neural, mixer, dist
         self.stride, self.block_rows, self.share = neural.stride, neural.block_rows, neural.share
-        self.chains = HashChains(c, dist.device)
+        self.chains, self.note = HashChains(c, dist.device), ""
         self.made: list[RowBlock] = []  # of the chunk, in order; a block is made again for other inputs
 
     def predict(self, inputs: Tensor, rows: slice) -> dict[str, Tensor]:
@@ -2361,7 +2367,7 @@ class MixedTTT:
             for rows in parts:  # others than those that `score` asked for
                 self.predict(tokens[:-1], rows)
         self.mixer.learn(tokens, self.made)
-        self.made = []
+        self.made, self.note = [], self.mixer.note
         self.chains.update(tokens)
         self.neural.update(tokens)
 
@@ -2410,7 +2416,7 @@ def score(predictor, stream: Stream, chunk_tokens: int, dist: Dist) -> dict[str,
         clock.show(f"  {last} [{done}/{len(stream)}]", done, len(stream))
         if clock.seconds() - logged >= 10:
             logged, bpb = clock.seconds(), bits_per_byte(nll[last][:done], stream.token_bytes[:done])
-            log.info(f"  {last}_chunk [{done}/{len(stream)}] bpb={bpb:.4f} time={logged:.1f}s")
+            log.info(f"  {last}_chunk [{done}/{len(stream)}] bpb={bpb:.4f} time={logged:.1f}s{predictor.note}")
     bpb, seconds = {stage: bits_per_byte(x, stream.token_bytes) for stage, x in nll.items()}, round(clock.seconds(), 3)
     return {stage: Score(x, x.mean().item(), bpb[stage], worst[stage], seconds) for stage, x in nll.items()}
 
@@ -2437,9 +2443,8 @@ def evaluate(model: GPT, net: BiasNet, c: Config, dist: Dist, tokenizer: Tokeniz
             adaptation = dict(adapted_chunks=deadline.adapted, chunks=n_chunks, ttt_stop=deadline.stop_after)
             skipped = int(getattr(predictor, "neural", predictor).skipped)
             log.info(f"ttt_chunks:{deadline.adapted}/{n_chunks} skipped_steps:{skipped}")
-        if stage == "mixed" and c.mixer == "hedge":  # the weights before the last chunk, which nothing learns from
-            weights = zip(c.hedge_experts, predictor.mixer.log_w.softmax(0).tolist(), strict=True)
-            log.info("hedge_weights: " + " ".join(f"{name}:{w:.6f}" for name, w in weights))
+        if predictor.note:  # before the last chunk, which nothing learns from
+            log.info(predictor.note.strip())
         for name, x in found.items():
             log_score(name, x, stream, c)
             records[name] = {key: value for key, value in x._asdict().items() if key != "nll"} | text | adaptation
