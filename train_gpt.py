@@ -141,7 +141,7 @@ class Config:
     warmdown_iters: int = setting(3500, 0)
     train_log_every: int = setting(500, 1)
     val_loss_every: int = setting(0, 0)  # 0 = not during training
-    checkpoint_every: int = setting(0, 0)  # steps; LOG_DIR/RUN_ID.<rank>.checkpoint; 0 = none
+    checkpoint_every: int = setting(0, 0)  # steps, and at a signal; LOG_DIR/RUN_ID.<rank>.checkpoint; 0 = none
     resume: str = setting("")  # LOG_DIR/RUN_ID of a run that left checkpoints, to go on from the last one
     complement_alpha: float = setting(0.5, 0.0, 1.0)  # of the loss weights 1 - alpha * p_bigram; 0 = none
     complement_tokens: int = setting(16_000_000, 1)  # training tokens from which its bigrams are counted
@@ -1309,6 +1309,9 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
     if c.resume:
         step, log2_step, elapsed = load_checkpoint(model, optimizers, averages, c, dist)
         clock.started, was = time.perf_counter() - elapsed, schedule(step - 1, total, c)
+    held: list[int] = []
+    if c.checkpoint_every:  # signals wait for the end of a step
+        handle_signals(lambda number, _: held.append(number))
     while step < total:
         now = schedule(step, total, c)
         for part in ("swa", "crown_q"):
@@ -1324,8 +1327,11 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
         optimizers.step(now)
         averages.update(step, now.swa)
         step, was = step + 1, now
-        if c.checkpoint_every and step % c.checkpoint_every == 0:
+        stop = c.checkpoint_every and dist.max(len(held))  # a signal to any rank ends all of them after this step
+        if c.checkpoint_every and (stop or step % c.checkpoint_every == 0):
             save_checkpoint((step, log2_step, clock.seconds()), model, optimizers, averages, c)
+        if stop:
+            raise KeyboardInterrupt(held[0] if held else signal.SIGTERM)
         # The ranks agree on the clock in the first ten steps, each tenth and the last twenty; else the host runs ahead.
         if budget and (step <= 10 or step % 10 == 0 or total - step < 20):
             before, elapsed = elapsed, clock.seconds()
@@ -1343,6 +1349,8 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
             x = score(predictor, stream, c.val_batch_size, dist)["roundtrip"]
             log_step(step, f"val_loss:{x.val_loss:.4f} val_bpb:{x.val_bpb:.4f}", elapsed, c)
             clock.started = time.perf_counter() - elapsed  # validation does not count
+    if c.checkpoint_every:
+        handle_signals(interrupt)
     elapsed = clock.seconds()
     if step < c.iterations:
         log.info(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{step}/{c.iterations}")
@@ -2163,7 +2171,7 @@ class Hedge(Mixer):
     def learn(self, tokens: Tensor, blocks: list[RowBlock]) -> None:
         self.log_w = self.close(blocks[-1].carry, tokens[-1])
         weights = zip(self.experts, self.log_w.softmax(0).tolist(), strict=True)
-        self.note = " hedge_weights: " + " ".join(f"{name}:{w:.6f}" for name, w in weights)
+        self.note = " hedge_weights: " + " ".join(f"{name}:{w:.3g}" for name, w in weights)
         for expert in self.experts.values():
             expert.learn(tokens, blocks)
 
@@ -2599,7 +2607,11 @@ def interrupt(number: int, _) -> None:
     raise KeyboardInterrupt(number)
 
 
-if __name__ == "__main__":
+def handle_signals(handler) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
+        signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    handle_signals(interrupt)
     os._exit(main())  # everything is written; gloo's threads can abort an interpreter that shuts down

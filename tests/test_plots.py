@@ -21,6 +21,10 @@ final_int6_roundtrip_exact val_loss:3.0 val_bpb:2.10000000
 final_int6_sliding_window_exact val_loss:2.9 val_bpb:1.80000000
 final val_bpb:1.80000000 stage:sliding documents:3 whole stream
 """
+WEIGHED = """  mixed_chunk [256/600] bpb=2.0000 time=10.0s hedge_weights: neural:0.25 maxent:0.75
+  mixed_chunk [512/600] bpb=1.9000 time=20.0s hedge_weights: neural:1.5e-07 maxent:1
+mixed_exact val_loss:2.9 val_bpb:1.90000000
+"""
 OTHER = """1/200 train_loss: 7.0 train_time: 0.0m tok/s: 8000
 100/200 train_loss: 3.5 train_time: 1.0m tok/s: 8000
 100/200 val_loss: 3.4 val_bpb: 1.3
@@ -83,9 +87,17 @@ def test_the_stream_and_the_bytes(log):
     assert [text.get_text() for text in plots.plot_bytes([found]).axes[0].texts] == ["1,400", "1,300,000"]
 
 
+def test_the_weights_along_the_stream(log):
+    found = plots.read_series(report.read(log(WEIGHED)))
+    assert found.running == dict(mixed=[(256, 2.0), (512, 1.9)])
+    assert found.weights == dict(neural=[(256, 0.25), (512, 1.5e-7)], maxent=[(256, 0.75), (512, 1.0)])
+    assert lines(plots.plot_weights([found]).axes[0]) == list(found.weights.values())
+
+
 def test_what_a_log_does_not_hold_is_not_drawn(log):
     empty = plots.Series("nothing")
-    assert not any(plot([empty]) for plot in (plots.plot_training, plots.plot_stream, plots.plot_bytes))
+    drawn = plots.plot_training, plots.plot_stream, plots.plot_weights, plots.plot_bytes
+    assert not any(plot([empty]) for plot in drawn)
     assert plots.plot_stages([[report.Report(Path("x"))]]) is None
 
 

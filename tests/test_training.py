@@ -4,6 +4,8 @@ import contextlib
 import copy
 import dataclasses
 import math
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -459,3 +461,70 @@ def test_chosen_average_is_the_best_on_held_out_training_text(tiny_config, caplo
     train_gpt.choose_average(model, averages, TrainLoader(c, Dist()), c, Dist())
     assert len(caplog.messages) == 1 and caplog.messages[0].endswith(" chosen:ema")
     assert all(torch.equal(a, b) for a, b in zip(good, model.parameters(), strict=True))
+
+
+# --- signals ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def signalled(tiny_config, tmp_path, monkeypatch):
+    """signalled(at, dist, **settings) -> the weights of a training that a SIGTERM meets in the middle of step `at`."""
+    backward = train_gpt.accumulate_gradients
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    train_gpt.handle_signals(train_gpt.interrupt)
+
+    def run(at=None, dist=None, **settings):
+        steps = iter(range(100))
+
+        def step(*arguments):
+            found = backward(*arguments)
+            if next(steps) == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return found
+
+        monkeypatch.setattr(train_gpt, "accumulate_gradients", step)
+        c = tiny_config(warmup_steps=0, log_dir=str(tmp_path), run_id="stopped", **settings)
+        model, dist = GPT(c).init_weights(c.seed), dist or Dist()
+        train_gpt.train(model, TrainLoader(c, dist), c, dist, None)
+        return model.state_dict()
+
+    yield run
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_a_signal_leaves_a_checkpoint_of_the_whole_step_that_it_meets(signalled, tmp_path):
+    whole = signalled()
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        signalled(at=3, checkpoint_every=10**6)
+    assert stopped.value.args == (signal.SIGTERM,)
+    resumed = signalled(resume=str(tmp_path / "stopped"))
+    assert torch.load(tmp_path / "stopped.0.checkpoint", weights_only=True)["position"][0] == 4
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_without_checkpoints_a_signal_ends_a_step_at_once(signalled, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        signalled(at=3)
+    assert not list(tmp_path.glob("*.checkpoint"))
+
+
+def test_a_signal_to_another_rank_ends_this_one_after_the_same_step(signalled, tmp_path):
+    class Second(Dist):
+        """Of two ranks, of which the other one is met by a signal in the third step."""
+
+        n_asked = 0
+
+        def max(self, value):
+            self.n_asked += isinstance(value, int)  # a number of signals; seconds are none
+            return 1.0 if self.n_asked == 3 else value
+
+    with pytest.raises(KeyboardInterrupt):
+        signalled(dist=Second(), checkpoint_every=10**6)
+    assert torch.load(tmp_path / "stopped.0.checkpoint", weights_only=True)["position"][0] == 3
+
+
+def test_after_a_training_with_checkpoints_a_signal_ends_a_run_at_once(signalled):
+    signalled(checkpoint_every=10**6)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The pictures of report.py --plots: training, stages, the stream and the bytes of some runs, as PNG and SVG.
+"""The pictures of report.py --plots: training, stages, the stream, Hedge's weights and bytes, as PNG and SVG.
 
 Lines differ in dashes and markers as well as in colour, so that they can be told apart in black and white.
 """
@@ -24,10 +24,11 @@ from train_gpt import Config, InputError, parse, schedule
 
 TRAIN = re.compile(r"(?:step:)?(\d+)/\d+ train_loss: ?([\d.]+)(?: train_time:(\d+)ms)?")
 VALIDATION = re.compile(r"(?:step:)?(\d+)/\d+ val_loss: ?([\d.]+)")
-RUNNING = re.compile(r"  (\w+)_chunk \[(\d+)/\d+\] bpb=([\d.]+)")
+RUNNING = re.compile(r"  (\w+)_chunk \[(\d+)/\d+\] bpb=([\d.]+)(?:.* hedge_weights: (.*))?")
 BYTES = re.compile(r"artifact parts: (.*)")
 STYLES = [
-    dict(linestyle=line, marker=mark) for mark, line in zip("os^Dv", ("-", "--", ":", "-.", (0, (5, 1))), strict=True)
+    dict(linestyle=line, marker=mark)
+    for mark, line in zip("os^DvxP", ("-", "--", ":", "-.", (0, (5, 1)), "-", "--"), strict=True)
 ]
 GRAYS = "0.15", "0.45", "0.65", "0.85"
 LOOK = {"font.size": 15, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.3}
@@ -44,6 +45,7 @@ class Series:
     rates: list[tuple[int, float]] = field(default_factory=list)  # scheduled, as parts of the full ones
     validation: list[tuple[int, float]] = field(default_factory=list)
     running: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # by stage
+    weights: dict[str, list[tuple[int, float]]] = field(default_factory=dict)  # by expert
     parts: dict[str, int] = field(default_factory=dict)  # bytes of the artifact
 
 
@@ -71,13 +73,15 @@ def read_series(report) -> Series:
             found.validation.append((int(m[1]), float(m[2])))
         elif m := RUNNING.match(line):
             found.running.setdefault(m[1], []).append((int(m[2]), float(m[3])))
+            for name, weight in (part.split(":") for part in (m[4] or "").split()):
+                found.weights.setdefault(name, []).append((int(m[2]), float(weight)))
         elif m := BYTES.match(line):
             found.parts = {name: int(n) for name, n in (part.split(":") for part in m[1].split())}
     return found
 
 
 def styled(items):
-    """Yield (style, item) with another style for each of the first five."""
+    """Yield (style, item) with another style for each of the first seven."""
     return zip(itertools.cycle(STYLES), items)
 
 
@@ -149,6 +153,24 @@ def plot_stream(series: list[Series]):
     return figure
 
 
+def plot_weights(series: list[Series]):
+    """Draw the weight of each expert along the stream, a panel a run, down to a billionth."""
+    series = [x for x in series if any(len(points) > 1 for points in x.weights.values())]
+    if not series:
+        return None
+    figure, axes = plt.subplots(len(series), figsize=(7, 1 + 4 * len(series)), sharex=True, squeeze=False)
+    for axis, x in zip(axes.flat, series, strict=True):
+        for style, (name, points) in styled(x.weights.items()):
+            axis.plot(*zip(*points, strict=True), label=name, markevery=max(1, len(points) // 8), **style)
+        axis.set(ylabel="weight", yscale="log", ylim=(1e-9, 2))
+        axis.set_title(x.name, fontsize=12)
+    axis.set_xlabel("tokens scored")
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
+    handles = {label: line for x in axes.flat for line, label in zip(*x.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", frameon=False, ncols=3, fontsize=12)
+    return figure
+
+
 def plot_bytes(series: list[Series]):
     """Draw the bytes of an artifact's parts; the figures stand beside the bars, since one part is nearly all."""
     series = [x for x in series if x.parts][: len(GRAYS)]
@@ -175,7 +197,7 @@ def write_plots(folder: Path, groups: list[list]) -> list[Path]:
     series, firsts = sum(by_group, []), [group[0] for group in by_group]
     with plt.rc_context(LOOK):
         drawn = dict(training=plot_training(series), stages=plot_stages(groups))
-        drawn |= dict(stream=plot_stream(series), bytes=plot_bytes(firsts))
+        drawn |= dict(stream=plot_stream(series), weights=plot_weights(firsts), bytes=plot_bytes(firsts))
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in drawn.items():
             if figure:
