@@ -222,8 +222,7 @@ class Config:
             value, (low, high, choices) = getattr(self, f.name), map(f.metadata.get, ("low", "high", "choices"))
             for part in value if isinstance(value, tuple) else (value,):
                 if choices is not None and part not in choices:
-                    allowed = ", ".join(map(repr, choices))
-                    raise InputError(f"{f.name.upper()}={part!r} is not known: allowed are {allowed}")
+                    raise InputError(f"{f.name.upper()}={part!r} is not known: allowed are {str(choices)[1:-1]}")
                 if isinstance(part, (int, float)) and not low <= part <= high:
                     allowed = f"{low} to {high}" if high < LARGEST else f"{low} or more"
                     raise InputError(f"{f.name.upper()}={part} is out of range: allowed is {allowed}")
@@ -432,8 +431,7 @@ def open_dist(c: Config) -> Dist:
         torch.set_float32_matmul_precision("high")
         torch._dynamo.config.recompile_limit = 64  # a graph for each batch shape, with and without gradients
     if world_size > 1:
-        timeout = datetime.timedelta(seconds=c.dist_timeout_seconds)
-        c10d.init_process_group(backend, device_id=device, timeout=timeout)
+        c10d.init_process_group(backend, device_id=device, timeout=datetime.timedelta(seconds=c.dist_timeout_seconds))
     return Dist(rank, world_size, device or "cpu")
 
 
@@ -817,10 +815,9 @@ def choose_kernels(c: Config, device: torch.device) -> Kernels:
     *qkv, logits, x, weight = (torch.randn(s, generator=generator).to(device, dtype).requires_grad_() for s in shapes)
     targets = torch.randint(c.vocab_size, (n,), generator=generator).to(device)
     loss = functools.partial(softcapped_nll, targets=targets, cap=c.logit_softcap)
-    mlp = functools.partial(linear_leaky_square, slope=c.leaky_slope)
     backend, inputs = choose_attention(qkv, c), dict(loss=[logits], mlp=[x, weight])
     runs_triton = triton and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")
-    forms = dict(loss=loss, mlp=mlp) if runs_triton else {}
+    forms = dict(loss=loss, mlp=functools.partial(linear_leaky_square, slope=c.leaky_slope)) if runs_triton else {}
     fused = [k for k in forms if k in c.kernels and agrees(f"KERNELS={k}", forms[k], dict(fused=True), inputs[k], c)]
     return Kernels(backend, tuple(fused))
 
@@ -968,8 +965,7 @@ class Attention(nn.Module):
             v = mix[0] * v_first + mix[1] * v
         q, k = rotate(rms_norm(q), *rotary), rotate(rms_norm(k), *rotary)
         y = attention(q * self.q_gain.to(q.dtype)[:, None], k, v, self.backend)
-        if self.exclusive:
-            y = remove_own_value(y, v)
+        y = remove_own_value(y, v) if self.exclusive else y
         return self.out(y.reshape(batch, seq_len, -1)), v_own
 
 
@@ -1034,10 +1030,8 @@ class GPT(nn.Module):
         """Return float32 logits [B, T, V] after tokens [B, T] (the last `keep` of them), or the targets' nll [B, T]."""
         assert tokens.shape[1] <= self.rotary.shape[1], "longer than TRAIN_SEQ_LEN and EVAL_SEQ_LEN"
         x = self.tok_emb(tokens).to(self.dtype)
-        if self.bigram is not None:
-            x = x + self.bigram(tokens, self.dtype)
-        if self.smear is not None:
-            x = self.smear(x, tokens)
+        x = x if self.bigram is None else x + self.bigram(tokens, self.dtype)
+        x = x if self.smear is None else self.smear(x, tokens)
         x = x0 = rms_norm(x)
         rotary, v_first, v_extra, skips = self.rotary[:, : tokens.shape[1]], None, {}, []
         if self.ve_layers:
@@ -1133,8 +1127,7 @@ class Muon(torch.optim.Optimizer):
             state = self.state[bank[0]]  # keyed by parameter: the bank's first
             state["momentum_shard"] = buffer = momentum * state.get("momentum_shard", 0.0) + shard
             update = shard.add(buffer, alpha=momentum)  # Nesterov's
-            if self.c.muon_row_norm:
-                update = F.normalize(update, dim=-1)
+            update = F.normalize(update, dim=-1) if self.c.muon_row_norm else update
             self.gathered.append(self.dist.all_gather(zeropower(update, self.c.muon_backend_steps, self.dtype)))
 
     @torch.no_grad()
@@ -1201,8 +1194,7 @@ class WeightAverages:
 
     def update(self, step: int, late: bool) -> None:
         """Take in the weights after a step. The EMA decays faster at first, or a short run's is mostly its start."""
-        decay = min(self.c.ema_decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self.ema, self.params, 1 - decay)
+        torch._foreach_lerp_(self.ema, self.params, 1 - min(self.c.ema_decay, (1 + step) / (10 + step)))
         if late and step % self.c.swa_every == 0:
             self.swa_count += 1
             torch._foreach_lerp_(self.swa, self.params, 1 / self.swa_count)
@@ -1240,9 +1232,8 @@ def complement_weights(loader: TrainLoader, c: Config) -> Tensor | None:
     if not c.complement_alpha:
         return None
     tokens = check_ids(loader.shards[0][: c.complement_tokens], c, loader.paths[0])
-    tokens = torch.from_numpy(tokens).to(loader.dist.device)
-    pairs = torch.bincount(tokens[:-1] * c.vocab_size + tokens[1:], minlength=c.vocab_size**2)
-    pairs = pairs.view(c.vocab_size, c.vocab_size).float()
+    tokens, n = torch.from_numpy(tokens).to(loader.dist.device), c.vocab_size
+    pairs = torch.bincount(n * tokens[:-1] + tokens[1:], minlength=n**2).view(n, n).float()
     return (1 - c.complement_alpha * pairs / (pairs.sum(1, keepdim=True) + 1)).clamp(min=0.1)
 
 
@@ -1301,17 +1292,17 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
     called = compiled(model, c, dist.device)
     log.info(f"train_loader:dataset:{c.data_path} train_shards:{len(loader.shards)} sequences:{loader.n}")
     warm_up(model, called, c, dist)
-    optimizers = Optimizers(model, c, dist)
-    clock, averages = Clock(dist), WeightAverages(model, c)
-    weights, banks = complement_weights(loader, c), optimizers.muon.banks
+    optimizers, clock, averages = Optimizers(model, c, dist), Clock(dist), WeightAverages(model, c)
+    weights, banks, waiting = complement_weights(loader, c), optimizers.muon.banks, []
     budget = max(0.0, c.max_wallclock_seconds - c.reserve_seconds)
     step, total, elapsed, losses, log2_step, was = 0, c.iterations, 0.0, "", 0.0, Schedule(0.0, 0.0)
     if c.resume:
         step, log2_step, elapsed = load_checkpoint(model, optimizers, averages, c, dist)
+        if budget:  # as the clock found it there
+            total = min(total, max(step, int(step * budget / elapsed)))
         clock.started, was = time.perf_counter() - elapsed, schedule(step - 1, total, c)
-    held: list[int] = []
     if c.checkpoint_every:  # signals wait for the end of a step
-        handle_signals(lambda number, _: held.append(number))
+        handle_signals(lambda number, _: waiting.append(number))
     while step < total:
         now = schedule(step, total, c)
         for part in ("swa", "crown_q"):
@@ -1327,11 +1318,6 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
         optimizers.step(now)
         averages.update(step, now.swa)
         step, was = step + 1, now
-        stop = c.checkpoint_every and dist.max(len(held))  # a signal to any rank ends all of them after this step
-        if c.checkpoint_every and (stop or step % c.checkpoint_every == 0):
-            save_checkpoint((step, log2_step, clock.seconds()), model, optimizers, averages, c)
-        if stop:
-            raise KeyboardInterrupt(held[0] if held else signal.SIGTERM)
         # The ranks agree on the clock in the first ten steps, each tenth and the last twenty; else the host runs ahead.
         if budget and (step <= 10 or step % 10 == 0 or total - step < 20):
             before, elapsed = elapsed, clock.seconds()
@@ -1349,8 +1335,16 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
             x = score(predictor, stream, c.val_batch_size, dist)["roundtrip"]
             log_step(step, f"val_loss:{x.val_loss:.4f} val_bpb:{x.val_bpb:.4f}", elapsed, c)
             clock.started = time.perf_counter() - elapsed  # validation does not count
+        stop = int(dist.max(max(waiting, default=0))) if c.checkpoint_every else 0  # a signal to one rank ends all
+        if stop or c.checkpoint_every and step % c.checkpoint_every == 0:
+            save_checkpoint((step, log2_step, clock.seconds()), model, optimizers, averages, c)
+            log.info(f"checkpoint: step:{step}")
+        if stop:
+            interrupt(stop, None)
     if c.checkpoint_every:
         handle_signals(interrupt)
+    if waiting:  # since the last look
+        interrupt(waiting[0], None)
     elapsed = clock.seconds()
     if step < c.iterations:
         log.info(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{step}/{c.iterations}")
@@ -1948,10 +1942,8 @@ class RowBlock:
 class Mixer:
     """Rows in, one row out: the network's as they are. `mix` changes only a block's carry; `learn` takes in a chunk."""
 
-    note = ""  # of its state, for the log
-
     def __init__(self, c: Config, dist: Dist, net: BiasNet):
-        self.c, self.dist = c, dist
+        self.c, self.dist, self.note = c, dist, ""  # what a log line may add about its state
 
     def mix(self, block: RowBlock) -> Tensor:
         """Return log-probabilities float32 [m, V] of the tokens that follow the block's inputs."""
@@ -1996,8 +1988,7 @@ class Bigram(Mixer):
         counts, totals = (x[:, :, k].sum(1).double() for x in (found.counts, found.totals))
         log_total = (totals + self.DELTA * self.c.vocab_size).log()
         unseen = (math.log(self.DELTA) - log_total).float().unsqueeze(1).expand_as(block.logp)
-        seen = ((counts + self.DELTA).log() - log_total[found.row]).float()
-        return unseen.index_put((found.row, found.token), seen)
+        return unseen.index_put((found.row, found.token), ((counts + self.DELTA).log() - log_total[found.row]).float())
 
 
 class Trigram(Bigram):
@@ -2036,8 +2027,7 @@ class Tilt(Mixer):
     def mix(self, block: RowBlock) -> Tensor:
         found, k = block.candidates, self.c.ngram_orders.index(self.ORDER)
         counts, totals = found.counts[:, :, k].sum(1), found.totals[:, :, k].sum(1)[found.row]
-        bias = self.BETA * ((counts > 0) & (counts >= self.SHARE * totals)).float()
-        return apply_bias(block.logp, found, bias)
+        return apply_bias(block.logp, found, self.BETA * ((counts > 0) & (counts >= self.SHARE * totals)).float())
 
 
 def normalizer(candidates: Candidates, bias: Tensor) -> Tensor:
@@ -2159,8 +2149,7 @@ class Hedge(Mixer):
         open_row = torch.stack([logp[-1] if is_owner else logp.new_zeros(logp.shape[1]) for logp in logps])
         block.carry = log_w[-1], self.dist.sum(open_row)
         weights = log_w[mine].softmax(1).to(block.logp.device)
-        mixed = sum(weights[:, k : k + 1] * logp.double().exp() for k, logp in enumerate(logps))
-        return mixed.log().float()
+        return sum(weights[:, k : k + 1] * logp.double().exp() for k, logp in enumerate(logps)).log().float()
 
     def close(self, carry: tuple[Tensor, Tensor], token: Tensor) -> Tensor:
         """Return the log-weights after an open row, given its token."""
@@ -2214,11 +2203,9 @@ Score = namedtuple("Score", "nll val_loss val_bpb max_sum_error seconds")
 class SlidingWindow:
     """The model as it is. Row t is the softmax of its logits over the window that scores position t."""
 
-    note = ""  # of its state, for the log
-
     def __init__(self, stage: str, model, c: Config, dist: Dist, stride: int, temperature: float = 1.0):
         self.stages, self.model, self.c, self.dist = (stage,), model, c, dist
-        self.stride, self.temperature = stride, temperature
+        self.stride, self.temperature, self.note = stride, temperature, ""  # for a log line; MixedTTT has one
         self.block_rows = max(1, BLOCK_CELLS // c.vocab_size // stride) * stride
         # Windows of a forward pass, alike in all stages: as many of a rank's part of a TTT chunk as fit, in even parts.
         n = min(-(-c.ttt_chunk_tokens // (c.eval_stride * dist.world_size)), self.block_rows // stride)
@@ -2295,8 +2282,7 @@ class TTT(SlidingWindow):
         self.skipped = torch.zeros((), dtype=torch.int64, device=dist.device)  # steps on a gradient that was not finite
         self.learner = copy.deepcopy(model)
         self.average = copy.deepcopy(model) if c.ttt_polyak else self.learner
-        self.called = compiled(self.learner, c, dist.device)
-        predicting = compiled(self.average, c, dist.device) if c.ttt_polyak else self.called
+        self.called, predicting = (compiled(x, c, dist.device) for x in (self.learner, self.average))
         super().__init__("ttt", predicting, c, dist, c.eval_stride, c.ttt_temperature)
         self.learner.blocks[: c.ttt_freeze_blocks].requires_grad_(False)
         self.params = [p for p in self.learner.parameters() if p.requires_grad]
@@ -2311,18 +2297,16 @@ class TTT(SlidingWindow):
             # A cosine over a stream length that is a setting: no prediction knows the real length.
             part = min(1.0, self.seen / (self.c.ttt_cosine_tokens or math.inf))
             self.optimizer.param_groups[0]["lr"] = self.c.ttt_lr * 0.5 * (1 + math.cos(math.pi * part))
-            sequences = self.training_sequences(tokens)
-            batch_seqs = max(1, self.c.ttt_batch_tokens // self.c.train_seq_len)
+            sequences, n = self.training_sequences(tokens), max(1, self.c.ttt_batch_tokens // self.c.train_seq_len)
             for _ in range(self.c.ttt_epochs):
-                for batch in zip(*(x.split(batch_seqs) for x in sequences), strict=True):
+                for batch in zip(*(x.split(n) for x in sequences), strict=True):
                     self.step(*batch)
             self.deadline.adapt()
         super().update(tokens)
 
     def training_sequences(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the chunk [n + 1] as inputs, targets and weights [sequences, TRAIN_SEQ_LEN]; padding weighs 0."""
-        inputs, targets = tokens[:-1], tokens[1:]
-        weights = torch.ones(len(inputs), device=tokens.device)
+        inputs, targets, weights = tokens[:-1], tokens[1:], torch.ones(len(tokens) - 1, device=tokens.device)
         if self.c.ttt_byte_weighted:
             weights = self.tokenizer.count_bytes(inputs, targets).to(weights)
         padding = (0, -len(inputs) % self.c.train_seq_len)
@@ -2442,14 +2426,13 @@ def evaluate(model: GPT, net: BiasNet, c: Config, dist: Dist, tokenizer: Tokeniz
     text |= dict(whole_stream=stream.whole, has_manifest=stream.has_manifest)
     # Those that adapt come last, in one pass if both are asked for, and have what is then left of MAX_EVAL_SECONDS.
     for stage in (x for x in STAGES if x in c.stages and not (x == "ttt" and "mixed" in c.stages)):
-        chunk_tokens = chunk_length(stage, c)
-        n_chunks = -(-len(stream) // chunk_tokens)
+        n_chunks = -(-len(stream) // (chunk_tokens := chunk_length(stage, c)))
         deadline = Deadline(dist, n_chunks, (c.max_eval_seconds or math.inf) - clock.seconds())
         predictor = make_predictor(stage, model, net, c, dist, tokenizer, deadline)
         found, adaptation = score(predictor, stream, chunk_tokens, dist), {}
         if stage not in FROZEN_STAGES:
             adaptation = dict(adapted_chunks=deadline.adapted, chunks=n_chunks, ttt_stop=deadline.stop_after)
-            skipped = int(getattr(predictor, "neural", predictor).skipped)
+            skipped = getattr(predictor, "neural", predictor).skipped.item()
             log.info(f"ttt_chunks:{deadline.adapted}/{n_chunks} skipped_steps:{skipped}")
         if predictor.note:  # before the last chunk, which nothing learns from
             log.info(predictor.note.strip())
@@ -2557,8 +2540,7 @@ def execute(c: Config, env: dict[str, str], dist: Dist) -> None:
     packed = dist.broadcast(read_artifact, c.artifact_path) if c.phase == "eval" else None
     c = with_artifact(c, packed[0], env) if packed else c
     run_id = dist.broadcast(lambda: c.run_id or f"{time.strftime('%Y%m%d_%H%M%S')}_seed{c.seed}_{os.getpid()}")
-    path = c.artifact_path or f"{c.log_dir}/{run_id}.artifact"
-    c = dataclasses.replace(c, run_id=run_id, artifact_path=path)
+    c = dataclasses.replace(c, run_id=run_id, artifact_path=c.artifact_path or f"{c.log_dir}/{run_id}.artifact")
     tokenizer = Tokenizer(c, packed[0]["tokenizer"] if packed else "")
     stream = None if c.phase == "train" and not c.val_loss_every else Stream(c, dist.device, tokenizer)
     created: list[Path] = []
@@ -2566,10 +2548,10 @@ def execute(c: Config, env: dict[str, str], dist: Dist) -> None:
         open_log(c, dist, created)
         log_start(c, dist, stream)
         trained = None if c.phase == "eval" else train_and_export(tokenizer, c, dist, stream)
-        header, parts = packed or dist.broadcast(read_artifact, path)  # from here on, only what the file says counts
+        header, parts = packed or dist.broadcast(read_artifact, c.artifact_path)  # from here on, only the file counts
         record = dict(run_id=run_id, seed=c.seed, config=dataclasses.asdict(c), hardware=hardware(dist))
         record |= dict(versions=VERSIONS, kernels=choose_kernels(c, dist.device)._asdict(), train=trained)
-        record |= dict(artifact=size_record(path, header, c), stages={}, final_stage=None, val_bpb=None)
+        record |= dict(artifact=size_record(c.artifact_path, header, c), stages={}, final_stage=None, val_bpb=None)
         dist.broadcast(write_records, record, {}, stream, c)  # before scoring, which may be ended
         if c.phase != "train":
             record["stages"], scores = evaluate(*unpack(parts, c, dist.device), c, dist, tokenizer, stream)
@@ -2590,6 +2572,7 @@ def main() -> int:
         dist = open_dist(config)
         execute(config, env, dist)
     except (InputError, OSError, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training may have left it waiting; torchrun's ends the sleep
         number = error.args[0] if isinstance(error, KeyboardInterrupt) and error.args else 0
         reason = f"interrupted by {signal.Signals(number).name}" if number else str(error) or "interrupted"
         if number:

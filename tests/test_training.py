@@ -362,7 +362,7 @@ def trained(tiny_config, virtual_time, monkeypatch):
     scored = {"roundtrip": SimpleNamespace(val_loss=0.0, val_bpb=0.0)}
     monkeypatch.setattr(train_gpt, "score", virtual_time.costs(lambda *arguments: scored, 50.0))
 
-    def run(step_seconds, **settings):
+    def run(step_seconds, first=0, **settings):
         done = []
 
         def step(*arguments):
@@ -374,7 +374,8 @@ def trained(tiny_config, virtual_time, monkeypatch):
         capped = dict(iterations=10**6, max_wallclock_seconds=100.0, reserve_seconds=20.0, train_log_every=10**6)
         c = tiny_config(**BARE | capped | settings)
         _, clock, record = train_gpt.train(GPT(c), TrainLoader(c, Dist()), c, Dist(), None)
-        assert record["steps"] == len(done) and record["tokens"] == len(done) * c.train_batch_tokens
+        steps = first + len(done)
+        assert record["steps"] == steps and record["tokens"] == steps * c.train_batch_tokens
         assert record["seconds"] == clock.seconds()
         return record
 
@@ -418,6 +419,14 @@ def test_the_schedule_follows_the_steps_that_the_clock_allows(trained, monkeypat
     steps = trained(lambda i: 0.25 if i < 160 else 0.3, warmdown_iters=50)["steps"]
     assert len(scales) == steps and scales[:2] == [0.5, 1.0] and scales[-60] == 1.0
     assert 0 < scales[-1] <= 2 / 50 and scales[-50:] == sorted(scales[-50:], reverse=True)
+
+
+def test_a_run_that_goes_on_is_scheduled_by_the_clock_from_its_first_step(trained, monkeypatch):
+    scales = []
+    monkeypatch.setattr(Optimizers, "step", lambda self, now: scales.append(now.lr_scale))
+    monkeypatch.setattr(train_gpt, "load_checkpoint", lambda *arguments: (301, 0.0, 301 * 0.25))
+    steps = trained(lambda i: 0.25, first=301, resume="stopped", warmdown_iters=50)["steps"]
+    assert steps == 320 and scales == [(320 - step) / 50 for step in range(301, 320)]
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])
@@ -501,6 +510,12 @@ def test_a_signal_leaves_a_checkpoint_of_the_whole_step_that_it_meets(signalled,
     resumed = signalled(resume=str(tmp_path / "stopped"))
     assert torch.load(tmp_path / "stopped.0.checkpoint", weights_only=True)["position"][0] == 4
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_signal_in_the_last_step_ends_the_run_too(signalled, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        signalled(at=11, checkpoint_every=10**6)
+    assert torch.load(tmp_path / "stopped.0.checkpoint", weights_only=True)["position"][0] == 12
 
 
 def test_without_checkpoints_a_signal_ends_a_step_at_once(signalled, tmp_path):

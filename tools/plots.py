@@ -24,7 +24,7 @@ from train_gpt import Config, InputError, parse, schedule
 
 TRAIN = re.compile(r"(?:step:)?(\d+)/\d+ train_loss: ?([\d.]+)(?: train_time:(\d+)ms)?")
 VALIDATION = re.compile(r"(?:step:)?(\d+)/\d+ val_loss: ?([\d.]+)")
-RUNNING = re.compile(r"  (\w+)_chunk \[(\d+)/\d+\] bpb=([\d.]+)(?:.* hedge_weights: (.*))?")
+RUNNING = re.compile(r"  (\w+)_chunk \[(\d+)/\d+\] bpb=([\d.]+)(?:.* hedge_weights:((?: \w+:[\d.e+-]+)+))?")
 BYTES = re.compile(r"artifact parts: (.*)")
 STYLES = [
     dict(linestyle=line, marker=mark)
@@ -158,10 +158,12 @@ def plot_weights(series: list[Series]):
     series = [x for x in series if any(len(points) > 1 for points in x.weights.values())]
     if not series:
         return None
+    names = dict.fromkeys(name for x in series for name in x.weights)
+    styles = {name: dict(style, color=f"C{k}") for k, (style, name) in enumerate(styled(names))}
     figure, axes = plt.subplots(len(series), figsize=(7, 1 + 4 * len(series)), sharex=True, squeeze=False)
     for axis, x in zip(axes.flat, series, strict=True):
-        for style, (name, points) in styled(x.weights.items()):
-            axis.plot(*zip(*points, strict=True), label=name, markevery=max(1, len(points) // 8), **style)
+        for name, points in x.weights.items():  # the last point's are of the chunk before: nothing learns from the last
+            axis.plot(*zip(*points, strict=True), label=name, markevery=max(1, len(points) // 8), **styles[name])
         axis.set(ylabel="weight", yscale="log", ylim=(1e-9, 2))
         axis.set_title(x.name, fontsize=12)
     axis.set_xlabel("tokens scored")

@@ -63,18 +63,12 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.trial import FrozenTrial, TrialState
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from train_gpt import Config, InputError, interrupt, refusing, show, write_atomically
+from train_gpt import Config, InputError, handle_signals, interrupt, refusing, show, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = {f.name.upper() for f in fields(Config)}
-OURS = {
-    "RUN_ID",
-    "LOG_DIR",
-    "ARTIFACT_PATH",
-    "SCORES_PATH",
-    "PHASE",
-    "RESUME",
-}  # of a trial: the sweep sets or needs them
+# Of a trial: the sweep sets them or needs them as they are.
+OURS = {"RUN_ID", "LOG_DIR", "ARTIFACT_PATH", "SCORES_PATH", "PHASE", "RESUME", "CHECKPOINT_EVERY"}
 TYPES = dict(name=str, search=dict, env=dict, sampler=str, trials=int, prune=bool, slots=list, storage=str, command=str)
 VALIDATION = re.compile(r"step:(\d+)/\d+ val_loss:\S+ val_bpb:(\S+)")
 STOPS = {sign * number + base for number in (signal.SIGINT, signal.SIGTERM) for sign, base in ((-1, 0), (1, 128))}
@@ -403,8 +397,7 @@ def main() -> int:
     parser.add_argument("spec", type=Path, metavar="SPEC.toml")
     parser.add_argument("--best", action="store_true", help="write configs/NAME.env instead of running anything")
     args = parser.parse_args()
-    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell's background job was told to ignore them
-        signal.signal(number, interrupt)
+    handle_signals(interrupt)  # also where a shell's background job was told to ignore them
     try:
         spec = read_spec(args.spec)
         if args.best:
