@@ -134,7 +134,7 @@ def test_a_program_that_does_not_answer_is_stopped(tmp_path):
     ):
         assert process.stdout.read() == b""
         said.seek(0)
-        assert said.read() == b"\nstopped after 1 s\n"
+        assert b"\nstopped after 1 s\n" in said.read()  # on a busy machine, the box that is not yet closed may say more
 
 
 def test_what_a_program_writes_is_limited(tmp_path, monkeypatch):
