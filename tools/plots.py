@@ -164,7 +164,8 @@ def plot_weights(series: list[Series]):
     for axis, x in zip(axes.flat, series, strict=True):
         for name, points in x.weights.items():  # the last point's are of the chunk before: nothing learns from the last
             axis.plot(*zip(*points, strict=True), label=name, markevery=max(1, len(points) // 8), **styles[name])
-        axis.set(ylabel="weight", yscale="log", ylim=(1e-9, 2))
+        least = min(weight for points in x.weights.values() for _, weight in points if weight > 0)
+        axis.set(ylabel="weight", yscale="log", ylim=(max(1e-9, least / 2), 2))
         axis.set_title(x.name, fontsize=12)
     axis.set_xlabel("tokens scored")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value else "0")
