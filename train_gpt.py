@@ -2572,12 +2572,12 @@ def main() -> int:
         dist = open_dist(config)
         execute(config, env, dist)
     except (InputError, OSError, KeyboardInterrupt) as error:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # training may have left it waiting; torchrun's ends the sleep
         number = error.args[0] if isinstance(error, KeyboardInterrupt) and error.args else 0
         reason = f"interrupted by {signal.Signals(number).name}" if number else str(error) or "interrupted"
         if number:
             log.info(reason)
         elif env.get("RANK", "0") != "0":
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's ends the sleep; training may have held it back
             time.sleep(5)  # if the main rank met it too, torchrun ends this one before it says the same again
         print(("\033[K" if sys.stderr.isatty() else "") + f"error: {reason}", file=sys.stderr, flush=True)
         # Without waiting for the other ranks, which may be in a collective that never ends.

@@ -94,6 +94,12 @@ def test_the_weights_along_the_stream(log):
     assert lines(plots.plot_weights([found]).axes[0]) == list(found.weights.values())
 
 
+def test_the_weights_of_a_run_are_found_in_its_log():
+    found = plots.read_series(report.read(LOGS / "hedge_share.json"))
+    assert list(found.weights) == list(train_gpt.Config().hedge_experts)
+    assert all(len(points) == len(found.running["mixed"]) for points in found.weights.values())
+
+
 def test_what_a_log_does_not_hold_is_not_drawn(log):
     empty = plots.Series("nothing")
     drawn = plots.plot_training, plots.plot_stream, plots.plot_weights, plots.plot_bytes
