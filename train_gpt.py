@@ -48,7 +48,7 @@ import torch
 import torch.distributed as c10d
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
 
 triton = tl = flash_attn_func = None
 with suppress(ImportError):  # every Triton kernel has a plain twin
@@ -127,6 +127,7 @@ class Config:
     unet_skips: bool = setting(True, shape=True)
     qk_gain_init: float = setting(1.5, 0.0)
     logit_softcap: float = setting(30.0, 0.0, shape=True)  # 0 = none
+    doc_isolated: bool = setting(False, score=True)  # no attention across a BOS; scoring's windows begin at it
     tie_embeddings: bool = setting(True, shape=True)
     # Training length and batch.
     iterations: int = setting(9000, 1)
@@ -193,6 +194,9 @@ class Config:
     ttt_cosine_tokens: int = setting(0, 0, score=True)  # stream length over which the rate falls to 0; 0 = constant
     ttt_byte_weighted: bool = setting(False, score=True)
     ttt_temperature: float = setting(1.0, 0.1, 10.0, score=True)
+    ttt_lora_rank: int = setting(0, 0, 1024, score=True)  # of the adapters that each document has for itself; 0 = none
+    ttt_lora_lr: float = setting(0.003, 0.0, score=True)
+    ttt_lora_tokens: int = setting(64, 1, 2**17, score=True)  # of a document, scored before its adapters take a step
     # Mixing.
     mixer: str = setting("hedge", score=True)  # one of MIXERS
     hedge_experts: tuple[str, ...] = setting(EXPERTS, score=True)
@@ -243,6 +247,8 @@ class Config:
         yield "bigram_vocab_size", c.bigram_vocab_size != 1, "0 (none), or 2 or more"
         yield "train_batch_tokens", c.batch_seqs > 0, f"at least TRAIN_SEQ_LEN={c.train_seq_len}"
         yield "eval_stride", c.eval_stride <= c.eval_seq_len, f"at most EVAL_SEQ_LEN={c.eval_seq_len}"
+        piece = c.ttt_lora_tokens if c.ttt_lora_rank else 1
+        yield "ttt_lora_tokens", piece <= c.eval_seq_len - 2, f"at most EVAL_SEQ_LEN - 2 = {c.eval_seq_len - 2}"
         yield "ttt_freeze_blocks", c.ttt_freeze_blocks <= c.num_layers, f"at most NUM_LAYERS={c.num_layers}"
         yield "max_wallclock_seconds", cap == 0 or cap > reserve, f"more than RESERVE_SECONDS={reserve}, or 0"
         yield "late_qat_threshold", scales or not trains, f"0 with QUANT={c.quant}: late QAT needs int6's scales"
@@ -554,8 +560,7 @@ def check_manifest(c: Config, **found) -> dict:
 
 def check_ids(tokens: np.ndarray, c: Config, where: str) -> np.ndarray:
     """Return the tokens as int64. Raise InputError if one is past the vocabulary."""
-    largest = int(tokens.max())
-    if largest >= c.vocab_size:
+    if (largest := int(tokens.max())) >= c.vocab_size:
         raise InputError(f"{where}: token id {largest}; allowed is less than VOCAB_SIZE={c.vocab_size}")
     return tokens.astype(np.int64)
 
@@ -609,13 +614,11 @@ class TrainLoader:
     AVERAGING_TOKENS = 65_536
 
     def __init__(self, c: Config, dist: Dist):
-        self.c, self.dist, self.seq_len = c, dist, c.train_seq_len
-        self.paths = find_shards(c, "train")
+        self.c, self.dist, self.seq_len, self.paths = c, dist, c.train_seq_len, find_shards(c, "train")
         self.shards = [read_shard(path) for path in self.paths]
         check_manifest(c, train_tokens=sum(map(len, self.shards)))
         self.ends = np.cumsum([(len(shard) - 1) // self.seq_len for shard in self.shards])
-        spans = int(self.ends[-1])
-        if spans < 2:
+        if (spans := int(self.ends[-1])) < 2:
             raise InputError(f"TRAIN_SEQ_LEN={self.seq_len}: {c.data_path} has {spans} sequences; 2 are needed")
         tenth, calibration = max(1, spans // 10), -(-c.mixer_calibration_tokens // self.seq_len)
         self.averaging = min(-(-self.AVERAGING_TOKENS // self.seq_len), tenth)
@@ -676,16 +679,22 @@ class Stream:
             yield Chunk(start, tokens, tokens[:-1], tokens[1:], start + chunk_tokens >= len(self))
 
 
-def windows(first: int, last: int, stride: int, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def windows(first: int, last: int, stride: int, seq_len: int, begins=(0,)) -> tuple[np.ndarray, ...]:
     """Return the windows that score the stream's positions [first, last), as arrays (start, low, high).
 
-    Window k reads inputs [k * stride, k * stride + seq_len) and scores its last `stride` positions; window 0 scores
+    Each of the texts that begin at the positions `begins` has its own; by default, the stream is one. Window k of a
+    text reads its inputs [k * stride, k * stride + seq_len) and scores their last `stride` positions; window 0 scores
     all of its own. Every position is scored once. Stride = seq_len gives disjoint windows.
     """
-    owner = [max(0, (position - (seq_len - stride)) // stride) for position in (first, last - 1)]
-    start = np.arange(owner[0], owner[1] + 1) * stride
-    low = np.where(start == 0, 0, start + seq_len - stride)
-    return start, np.maximum(low, first), np.minimum(start + seq_len, last)
+    found = []
+    for begin, end in zip(begins, [*begins[1:], last], strict=True):
+        low, high = max(first, begin), min(last, end)
+        if low < high:
+            owner = [max(0, (position - begin - (seq_len - stride)) // stride) for position in (low, high - 1)]
+            start = begin + np.arange(owner[0], owner[1] + 1) * stride
+            lows = np.where(start == begin, begin, start + seq_len - stride)
+            found.append((start, np.maximum(lows, low), np.minimum(start + seq_len, high)))
+    return tuple(map(np.concatenate, zip(*found, strict=True)))
 
 
 # ==================== Kernels =========================================================================================
@@ -693,15 +702,36 @@ def windows(first: int, last: int, stride: int, seq_len: int) -> tuple[np.ndarra
 
 BACKENDS = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 SDPA_BACKENDS = dict(zip(("cudnn", "flash", "efficient", "math"), BACKENDS, strict=True))  # as `auto` tries them
+VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in varlen.varlen_attn.__code__.co_varnames else {}  # torch 2.13
 Kernels = namedtuple("Kernels", "attention fused", defaults=("math", ()))  # forms in use; these are the plain ones
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "math") -> Tensor:
-    """Return causal attention: q [B, T, H, D], grouped k and v [B, T, KV, D] -> [B, T, H, D]."""
-    if backend == "flash3":
+def document_bounds(tokens: Tensor, bos_id: int, backend: str) -> Tensor:
+    """Return what keeps attention over tokens [B, T] inside documents: a mask [B, 1, T, T], True where it may look.
+
+    Kernels of packed sequences take where each begins, and the end, int32 [n + 1]: T / 128 a row, the last the rest.
+    """
+    (n_rows, seq_len), begins, device = tokens.shape, tokens == bos_id, tokens.device
+    if tokens.is_cuda and backend != "math":
+        begins[:, 0] = True
+        at = torch.where(begins, torch.arange(seq_len, device=device), seq_len).sort(dim=1).values
+        at = at[:, : seq_len // 128 + 1] + seq_len * torch.arange(n_rows, device=device).unsqueeze(1)
+        return F.pad(at.flatten(), (0, 1), value=n_rows * seq_len).int()
+    document = begins.cumsum(1)
+    return (document.unsqueeze(2) == document.unsqueeze(1)).tril().unsqueeze(1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "math", bounds: Tensor | None = None) -> Tensor:
+    """Return causal attention: q [B, T, H, D], grouped k and v [B, T, KV, D] -> [B, T, H, D], within the bounds."""
+    if bounds is not None and bounds.dim() == 1:
+        ends, packed = (bounds, bounds, q.shape[1], q.shape[1]), (x.flatten(0, 1) for x in (q, k, v))
+        return varlen.varlen_attn(*packed, *ends, window_size=(-1, 0), **VARLEN_GQA).view_as(q)
+    if backend == "flash3" and bounds is None:
         y = flash_attn_func(q, k, v, causal=True, deterministic=torch.are_deterministic_algorithms_enabled())
         return y[0] if isinstance(y, tuple) else y
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if bounds is not None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bounds, enable_gqa=True).transpose(1, 2)
     with sdpa_kernel(SDPA_BACKENDS[backend]):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
@@ -830,7 +860,14 @@ def choose_attention(qkv: list[Tensor], c: Config) -> str:
     if "flash3" in tries and flash_attn_func is None:
         log.info("kernel_fallback:ATTENTION=flash3 is not used (flash_attn_interface is not installed)")
         tries.remove("flash3")
-    backend = next((b for b in tries if agrees(f"ATTENTION={b}", attention, dict(backend=b), qkv, c)), "math")
+    bounds = dict.fromkeys([*tries, "math"])
+    if c.doc_isolated:
+        tokens = torch.full(qkv[0].shape[:2], c.bos_id + 1, device=device)
+        tokens[:, [2, len(tokens[0]) // 3, -1]] = c.bos_id
+        bounds = {b: document_bounds(tokens, c.bos_id, b) for b in bounds}
+    plain = functools.partial(attention, bounds=bounds["math"])
+    forms = ((b, dict(backend=b, bounds=bounds[b])) for b in tries)
+    backend = next((b for b, form in forms if agrees(f"ATTENTION={b}", plain, form, qkv, c)), "math")
     if backend == "math" and device.type == "cuda" and c.phase != "eval":
         needed = 6 * c.num_layers * c.num_heads * c.micro_batch_tokens * c.train_seq_len  # six bytes an attention logit
         if needed > (memory := torch.cuda.get_device_properties(device).total_memory):
@@ -884,9 +921,11 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int, role="matrix", init="orthogonal", apply=F.linear):
         super().__init__()
         self.weight, self.apply_weight = parameter(role, out_features, in_features, init=init), apply
+        self.adapter: list[Tensor] | None = None  # low-rank maps of LoRA, arXiv 2106.09685: [B, r, in] and [B, out, r]
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.apply_weight(x, self.weight.to(x.dtype))
+        y = self.apply_weight(x, self.weight.to(x.dtype))
+        return y if self.adapter is None else y + x @ self.adapter[0].mT.to(x.dtype) @ self.adapter[1].mT.to(x.dtype)
 
 
 def table(rows: int, dim: int, init: str | float) -> nn.Embedding:
@@ -953,8 +992,9 @@ class Attention(nn.Module):
         # ResFormer (arXiv 2410.17897): later layers attend to a mix of their own values and the first layer's.
         self.value_mix = parameter("scalar", init=torch.tensor([0.5, 0.5])) if c.value_residual and layer else None
         self.exclusive = layer >= c.num_layers - c.xsa_last_n
+        self.past: tuple[Tensor, ...] | None = None  # earlier keys, not rotated, and values; `forward` appends to it
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], v_first: Tensor | None, v_extra: Tensor | None):
+    def forward(self, x: Tensor, rotary: Tensor, v_first: Tensor | None, v_extra: Tensor | None, bounds: Tensor | None):
         """Return (y [B, T, C], v [B, T, KV, D] of this layer before any mixing) for x [B, T, C]."""
         batch, seq_len, _ = x.shape
         q = self.q(x).view(batch, seq_len, self.heads, self.head_dim)
@@ -963,9 +1003,12 @@ class Attention(nn.Module):
         if self.value_mix is not None:
             mix = self.value_mix.to(v.dtype)
             v = mix[0] * v_first + mix[1] * v
-        q, k = rotate(rms_norm(q), *rotary), rotate(rms_norm(k), *rotary)
-        y = attention(q * self.q_gain.to(q.dtype)[:, None], k, v, self.backend)
-        y = remove_own_value(y, v) if self.exclusive else y
+        q, k, own = rms_norm(q), rms_norm(k), v
+        if self.past is not None:
+            self.past = k, v = tuple(torch.cat(x, dim=1) for x in zip(self.past, (k, v), strict=True))
+        q, k = (rotate(x, *rotary[:, k.shape[1] - n : k.shape[1]]) for x, n in ((q, seq_len), (k, k.shape[1])))
+        y = attention(q * self.q_gain.to(q.dtype)[:, None], k, v, self.backend, bounds)
+        y = remove_own_value(y, own) if self.exclusive else y
         return self.out(y.reshape(batch, seq_len, -1)), v_own
 
 
@@ -983,11 +1026,11 @@ class Block(nn.Module):
         self.attn_scale, self.mlp_scale = (parameter("scalar", init=ones) for _ in range(2))
         self.input_scale = 1 / math.sqrt(layer + 1) if c.layer_scale else 1.0
 
-    def forward(self, x: Tensor, x0: Tensor, rotary, v_first: Tensor | None, v_extra: Tensor | None):
+    def forward(self, x: Tensor, x0: Tensor, rotary, v_first: Tensor | None, v_extra: Tensor | None, bounds):
         """Return (x [B, T, C], v [B, T, KV, D]) for x, x0 [B, T, C]."""
         mix, attn_scale, mlp_scale = (p.to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
         x = mix[0] * x + mix[1] * x0
-        y, v = self.attn(rms_norm(x) * self.input_scale, rotary, v_first, v_extra)
+        y, v = self.attn(rms_norm(x) * self.input_scale, rotary, v_first, v_extra, bounds)
         x = x + attn_scale * y
         return x + mlp_scale * self.down(self.up(rms_norm(x) * self.input_scale)), v
 
@@ -999,6 +1042,7 @@ class GPT(nn.Module):
         super().__init__()
         kernels = kernels or Kernels()
         self.dtype, self.logit_softcap, self.fused_loss = dtype, c.logit_softcap, "loss" in kernels.fused
+        self.bos_id, self.isolated, self.backend = c.bos_id, c.doc_isolated, kernels.attention
         self.tok_emb = table(c.vocab_size, c.model_dim, init=c.tied_embed_init_std)
         self.bigram = BigramEmbedding(c) if c.bigram_vocab_size else None
         self.smear, self.ve_layers = SmearGate(c) if c.smear_gate else None, c.ve_layers
@@ -1026,21 +1070,26 @@ class GPT(nn.Module):
                 nn.init.orthogonal_(p, generator=generator)
         return self
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None, keep: int = 0) -> Tensor:
-        """Return float32 logits [B, T, V] after tokens [B, T] (the last `keep` of them), or the targets' nll [B, T]."""
+    def forward(self, tokens: Tensor, targets: Tensor | None = None, keep=0, mask: Tensor | None = None) -> Tensor:
+        """Return float32 logits [B, T, V] after tokens [B, T] (the last `keep` of them), or the targets' nll [B, T].
+
+        A mask [B, 1, n, S + n] over Attention.past and the last n tokens leaves to the others to precede them.
+        """
         assert tokens.shape[1] <= self.rotary.shape[1], "longer than TRAIN_SEQ_LEN and EVAL_SEQ_LEN"
         x = self.tok_emb(tokens).to(self.dtype)
         x = x if self.bigram is None else x + self.bigram(tokens, self.dtype)
         x = x if self.smear is None else self.smear(x, tokens)
-        x = x0 = rms_norm(x)
-        rotary, v_first, v_extra, skips = self.rotary[:, : tokens.shape[1]], None, {}, []
+        first = 0 if mask is None else tokens.shape[1] - mask.shape[2]
+        x = x0 = rms_norm(x[:, first:])
+        v_first, v_extra, skips = None, {}, []
+        bounds = document_bounds(tokens, self.bos_id, self.backend) if self.isolated and mask is None else mask
         if self.ve_layers:
-            value = self.value_proj(self.value_emb(tokens).to(x.dtype))
+            value = self.value_proj(self.value_emb(tokens[:, first:]).to(x.dtype))
             v_extra = {n: s.to(x.dtype) * value for n, s in zip(self.ve_layers, self.value_scale, strict=True)}
         for layer, block in enumerate(self.blocks):
             if layer >= self.encoder_layers and skips:
                 x = x + self.skip_scale[layer - self.encoder_layers].to(x.dtype) * skips.pop()
-            x, v = block(x, x0, rotary, v_first, v_extra.get(layer))
+            x, v = block(x, x0, self.rotary, v_first, v_extra.get(layer), bounds)
             v_first = v if v_first is None else v_first
             if layer < self.encoder_layers:
                 skips.append(x)
@@ -1086,8 +1135,7 @@ def weights_replaced(params: list[nn.Parameter], replacements: list[Tensor]):
 def zeropower(bank: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Return roughly the nearest semi-orthogonal matrices of [n, rows, cols], in `dtype`: singular values near 1."""
     a, b, c = 3.4445, -4.7750, 2.0315  # x <- a x + (b x x^T + c (x x^T)^2) x (Keller Jordan, Muon, 2024)
-    tall = bank.shape[-2] > bank.shape[-1]
-    x = (bank.mT if tall else bank).to(dtype)
+    x = (bank.mT if (tall := bank.shape[-2] > bank.shape[-1]) else bank).to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -1136,16 +1184,14 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         for bank, (update, wait) in zip(self.banks, self.gathered, strict=True):
             wait()
-            rows, cols = bank[0].shape
-            moves = update[: len(bank)].float().unbind()  # without the padding
+            (rows, cols), moves = bank[0].shape, update[: len(bank)].float().unbind()  # without the padding
             torch._foreach_mul_(bank, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(bank, moves, alpha=-group["lr"] * math.sqrt(max(1, rows / cols)))
 
 
 def clip_gradients(grads: list[Tensor], norm: Tensor, limit: float) -> Tensor:
     """Scale gradients down to a joint norm of `limit` (0 = none); zero them and return True if it is not finite."""
-    finite = norm.isfinite()
-    scale = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
+    finite, scale = norm.isfinite(), (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
     for grad in grads:
         grad.mul_(scale).masked_fill_(~finite, 0.0)
     return ~finite
@@ -1189,8 +1235,7 @@ class WeightAverages:
     def __init__(self, model: GPT, c: Config):
         self.params, self.c = [p.detach() for p in model.parameters()], c  # the weights themselves, without gradient
         self.ema = [p.clone() for p in self.params]
-        self.swa = [torch.zeros_like(p) for p in self.params]
-        self.swa_count = 0
+        self.swa, self.swa_count = [torch.zeros_like(p) for p in self.params], 0
 
     def update(self, step: int, late: bool) -> None:
         """Take in the weights after a step. The EMA decays faster at first, or a short run's is mostly its start."""
@@ -1203,8 +1248,7 @@ class WeightAverages:
         """Return the weights to choose from: the last ones, each average, and the average of the averages."""
         found = {"last": [p.clone() for p in self.params], "ema": self.ema}
         if self.swa_count:
-            found["swa"] = self.swa
-            found["ema+swa"] = [(e + s) / 2 for e, s in zip(self.ema, self.swa, strict=True)]
+            found |= {"swa": self.swa, "ema+swa": [(e + s) / 2 for e, s in zip(self.ema, self.swa, strict=True)]}
         return found
 
 
@@ -1252,8 +1296,7 @@ def late_qat(model: GPT, log2_step: float, c: Config):
         kinds[p.role, p.shape[1]].append(p)
     for (role, _), ps in kinds.items():  # all rows of a kind at once: on a GPU, launches take the time
         w = torch.cat([p.detach() for p in ps])
-        grid = int6_grid(w, role, None, log2_step, c)
-        steps = grid.steps()
+        steps = (grid := int6_grid(w, role, None, log2_step, c)).steps()
         rounded += (grid.nearest(w, steps) * steps).split([len(p) for p in ps])
     return weights_replaced(sum(kinds.values(), []), rounded)
 
@@ -1574,8 +1617,7 @@ def artifact_budget(model: GPT, c: Config) -> int:
     """Return the bytes that TARGET_BYTES leaves beside the script. Raise InputError if the model cannot fit."""
     n_codes, n_all = (sum(map(Tensor.numel, x)) for x in (quantized_parameters(model).values(), model.parameters()))
     script = os.path.getsize(__file__)
-    least = script + math.ceil(LEAST_BITS * n_codes / 8) + n_all - n_codes
-    if least > c.target_bytes:
+    if (least := script + math.ceil(LEAST_BITS * n_codes / 8) + n_all - n_codes) > c.target_bytes:
         raise InputError(f"TARGET_BYTES={c.target_bytes} is too small: script and model need at least {least:,} bytes")
     return c.target_bytes - script
 
@@ -1697,7 +1739,8 @@ def with_artifact(c: Config, header: dict, env: dict[str, str]) -> Config:
     fields = [(f, mark) for f in dataclasses.fields(c) for mark in ("shape", "score") if f.metadata[mark]]
     asked = {name for name in c.marked("score") if name.upper() in env}
     with refusing(f"ARTIFACT_PATH={c.artifact_path}: its settings are not this script's"):
-        kept = {f.name: parse(f, show(header[mark][f.name])) for f, mark in fields}  # other names are ignored
+        header = dict(header, score=Config().marked("score") | header["score"])  # it may be older than a setting
+        kept = {f.name: parse(f, show(header[mark][f.name])) for f, mark in fields}
         loaded = dataclasses.replace(c, **{name: value for name, value in kept.items() if name not in asked})
     for name, value in c.marked("shape").items():
         if name.upper() in env and value != kept[name]:
@@ -1807,8 +1850,7 @@ def quant_label(c: Config) -> str:
 def size_record(path: str, header: dict, c: Config) -> dict:
     """Log script and artifact by part against the cap. Return them for the record."""
     code_bytes, model_bytes, label = os.path.getsize(__file__), header["file_bytes"], f"{quant_label(c)}+{c.codec}"
-    total = code_bytes + model_bytes
-    sizes = {"header": model_bytes - sum(header["parts"].values()), **header["parts"]}
+    total, sizes = code_bytes + model_bytes, {"header": model_bytes - sum(header["parts"].values()), **header["parts"]}
     log.info("artifact parts: " + " ".join(f"{part}:{size}" for part, size in sizes.items()))
     log.info(f"Code size: {code_bytes} bytes")
     log.info(f"Serialized model {label}: {model_bytes} bytes")
@@ -1877,9 +1919,8 @@ class HashChains:
             self.tokens, self.prev = F.pad(self.tokens, padding), F.pad(self.prev, padding)
         hashes = self.hashes(inputs)
         ordered, source = hashes.sort(dim=1, stable=True)  # equal contexts inside the chunk stand together
-        again = ordered[:, 1:] == ordered[:, :-1]
-        inside = torch.zeros_like(hashes)
-        inside.scatter_(1, source[:, 1:], torch.where(again, source[:, :-1] + self.seen + 1, 0))
+        linked = torch.where(ordered[:, 1:] == ordered[:, :-1], source[:, :-1] + self.seen + 1, 0)
+        inside = torch.zeros_like(hashes).scatter_(1, source[:, 1:], linked)
         entry = self.head[hashes & self.mask]
         before = torch.where((entry & self.CHECK) == ((hashes >> 32) & self.CHECK), entry >> 32, 0)
         self.tokens[self.seen : end] = inputs.int()
@@ -1904,8 +1945,7 @@ class HashChains:
             used = (position >= 0) & ~(earlier & (order == 0))
             cells.append((first_cell + self.tokens[position + 1])[used])
             columns.append((order + n_orders * earlier)[used])
-        column = torch.cat(columns)
-        cell, entry = torch.cat(cells).unique(return_inverse=True)
+        column, (cell, entry) = torch.cat(columns), torch.cat(cells).unique(return_inverse=True)
         row, token = cell // vocab_size, cell % vocab_size
         counts = torch.bincount(entry * 2 * n_orders + column, minlength=len(cell) * 2 * n_orders)
         totals = torch.bincount(row[entry] * 2 * n_orders + column, minlength=m * 2 * n_orders)
@@ -1934,9 +1974,9 @@ class RowBlock:
     inputs: Tensor  # int64 [rows.stop], the chunk's up to the block's last
     rows: slice  # of the chunk, all ranks'
     mine: slice  # this rank's part of them
-    logp: Tensor | None  # the neural rows, float32 [m, V]; dropped once they are mixed
-    candidates: Candidates
-    carry: object = None  # what the mixer left after the block before; `mix` replaces it by what it leaves after this
+    logp: Tensor | None = None  # the neural rows, float32 [m, V]; dropped once they are mixed
+    candidates: Candidates | None = None
+    carry: object = None  # what a predictor or mixer left after the block before; then what it leaves after this
 
 
 class Mixer:
@@ -2013,8 +2053,7 @@ class Backoff(Mixer):
         weight = torch.where(longest >= 0, weight, 0.0).double().clamp(max=1 - 1e-6)
         at = longest.clamp(min=0)[found.row].unsqueeze(1)
         counts, totals = found.counts.sum(1).gather(1, at).double(), totals[found.row].gather(1, at).double()
-        frequency = (counts / totals.clamp(min=1)).squeeze(1)
-        kept = (1 - weight).log()
+        frequency, kept = (counts / totals.clamp(min=1)).squeeze(1), (1 - weight).log()
         mixed = ((found.logp + kept[found.row]).exp() + weight[found.row] * frequency).log()
         return (block.logp + kept.unsqueeze(1)).float().index_put((found.row, found.token), mixed.float())
 
@@ -2056,8 +2095,7 @@ class BiasNet(nn.Module):
 
     def __init__(self, c: Config):
         super().__init__()
-        self.hidden = nn.Linear(6 * len(c.ngram_orders) + 1, c.mixer_hidden)
-        self.out = nn.Linear(c.mixer_hidden, 1)
+        self.hidden, self.out = nn.Linear(6 * len(c.ngram_orders) + 1, c.mixer_hidden), nn.Linear(c.mixer_hidden, 1)
         bound, generator = self.hidden.in_features**-0.5, torch.Generator().manual_seed(c.seed)
         for p, limit in zip(self.parameters(), (bound, bound, 0.0, 0.0), strict=True):
             nn.init.uniform_(p, -limit, limit, generator=generator)
@@ -2100,8 +2138,7 @@ def net_step(net: BiasNet, adam: torch.optim.Optimizer, parts: list[tuple[Candid
     adam.zero_grad()
     for candidates, targets in parts:
         if len(candidates.row):
-            bias = net(candidates)
-            hit = candidates.token == targets[candidates.row]
+            bias, hit = net(candidates), candidates.token == targets[candidates.row]
             # The tilt adds log Z - b(target) to a row's nll.
             ((normalizer(candidates, bias).log().sum() - bias[hit].double().sum()) / n).backward()
     dist.sum_gradients(list(net.parameters()))
@@ -2153,8 +2190,7 @@ class Hedge(Mixer):
 
     def close(self, carry: tuple[Tensor, Tensor], token: Tensor) -> Tensor:
         """Return the log-weights after an open row, given its token."""
-        log_w, open_row = carry
-        gains = open_row[:, token].double().unsqueeze(0)
+        log_w, gains = carry[0], carry[1][:, token].double().unsqueeze(0)
         return hedge_weights(log_w, gains, self.c.hedge_eta, self.c.hedge_share)[-1].log_softmax(0)
 
     def learn(self, tokens: Tensor, blocks: list[RowBlock]) -> None:
@@ -2210,7 +2246,9 @@ class SlidingWindow:
         # Windows of a forward pass, alike in all stages: as many of a rank's part of a TTT chunk as fit, in even parts.
         n = min(-(-c.ttt_chunk_tokens // (c.eval_stride * dist.world_size)), self.block_rows // stride)
         self.batch = -(-n // -(-n // max(1, c.micro_batch_tokens // c.eval_seq_len)))
-        self.seen = 0  # positions of the stream before the next chunk
+        if (c.doc_isolated or c.ttt_lora_rank) and torch.are_deterministic_algorithms_enabled():
+            self.batch = 1  # a BOS that a decoder does not know yet changes no shape
+        self.seen, self.begin = 0, 0  # positions of the stream: of the next chunk and of the open document's BOS
         self.context = torch.empty(0, dtype=torch.int64, device=dist.device)  # the inputs just before it
 
     def share(self, rows: slice) -> slice:
@@ -2225,7 +2263,8 @@ class SlidingWindow:
         if not len(logp):
             return {self.stages[0]: logp}
         first = self.seen + mine.start
-        starts, lows, highs = windows(first, self.seen + mine.stop, self.stride, seq_len)
+        begins = self.begins(inputs[: mine.stop]) if self.c.doc_isolated else [0]
+        starts, lows, highs = windows(first, self.seen + mine.stop, self.stride, seq_len, begins)
         known = F.pad(torch.cat([self.context, inputs]), (0, seq_len))  # zeros where causal attention does not look
         offset = self.seen - len(self.context)  # position of known[0]
         for b in range(0, len(starts), self.batch):
@@ -2241,8 +2280,14 @@ class SlidingWindow:
             logp[low[0] - first : high[-1] - first] = (logits / self.temperature).double().log_softmax(-1)
         return {self.stages[0]: logp}
 
+    def begins(self, inputs: Tensor) -> list[int]:
+        """Return where the open document and those in the inputs that follow begin: positions of the stream."""
+        found = (inputs == self.c.bos_id).nonzero().flatten() + self.seen
+        return [self.begin, *(found[found > self.begin].tolist())]
+
     def update(self, tokens: Tensor) -> None:
         """Move past a scored chunk: tokens [n + 1], its inputs and its last target."""
+        self.begin = self.begins(tokens[:-1])[-1]
         self.context = torch.cat([self.context, tokens[:-1]])[-self.c.eval_seq_len :]
         self.seen += len(tokens) - 1
 
@@ -2283,7 +2328,8 @@ class TTT(SlidingWindow):
         self.learner = copy.deepcopy(model)
         self.average = copy.deepcopy(model) if c.ttt_polyak else self.learner
         self.called, predicting = (compiled(x, c, dist.device) for x in (self.learner, self.average))
-        super().__init__("ttt", predicting, c, dist, c.eval_stride, c.ttt_temperature)
+        stride = c.ttt_lora_tokens if c.ttt_lora_rank else c.eval_stride
+        super().__init__("ttt", predicting, c, dist, stride, c.ttt_temperature)
         self.learner.blocks[: c.ttt_freeze_blocks].requires_grad_(False)
         self.params = [p for p in self.learner.parameters() if p.requires_grad]
         if c.ttt_optimizer == "sgd":
@@ -2329,6 +2375,115 @@ class TTT(SlidingWindow):
             torch._foreach_lerp_(average, learner, 1 - self.c.ttt_polyak)
 
 
+Document = namedtuple("Document", "begin piece state past")  # its BOS, the piece to go on with, what is known by then
+
+
+def carry_before(predictor, inputs: Tensor, rows: slice):
+    """Return what a chunk's blocks before these rows left, made again where inputs changed; None where none is."""
+    kept = [block for block in predictor.made if block.rows.stop <= rows.start]
+    predictor.made = [block for block in kept if torch.equal(block.inputs, inputs[: block.rows.stop])]
+    if (done := predictor.made[-1].rows.stop if predictor.made else 0) < rows.start:
+        predictor.predict(inputs, slice(done, rows.start))
+    return predictor.made[-1].carry if predictor.made else None
+
+
+class LoRA(TTT):
+    """Test-time training, with adapters that each document trains for itself from its BOS on (PR #1530).
+
+    A document is scored in pieces of TTT_LORA_TOKENS. When its next piece begins, the last one's tokens are inputs, and
+    the adapters take a step of Adam on it. Keys and values stay as their piece made them (arXiv 1901.02860): a token is
+    read once. Rows depend on their document alone. Each is a row of the batch, of the state [D, 3, P], its adapters and
+    Adam's two moments, and of the past [layers, 2, D, S, KV, head].
+    """
+
+    MAPS = "q", "v", "out", "down"
+
+    def __init__(self, model: GPT, c: Config, dist: Dist, tokenizer: Tokenizer, deadline: Deadline | None = None):
+        super().__init__(model, c, dist, tokenizer, deadline)
+        self.maps = [m for name, m in self.average.named_modules() if name.rpartition(".")[2] in self.MAPS]
+        self.attns, generator, parts = [x.attn for x in self.average.blocks], torch.Generator().manual_seed(c.seed), []
+        for n_out, n_in in (m.weight.shape for m in self.maps):  # the second map is zero: adapters begin as no change
+            parts.append(torch.empty(c.ttt_lora_rank, n_in).uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator))
+            parts.append(torch.zeros(n_out, c.ttt_lora_rank))
+        self.shapes, adapters = [x.shape for x in parts], torch.cat([x.flatten() for x in parts])
+        past = len(self.attns), 2, c.eval_seq_len - self.stride, self.attns[0].kv_heads, self.attns[0].head_dim
+        fresh = torch.stack([adapters, 0 * adapters, 0 * adapters]), torch.zeros(past, dtype=self.average.dtype)
+        self.fresh = [x.to(dist.device) for x in fresh]
+        self.open, self.made = Document(0, 0, *self.fresh), []
+        self.side_by_side = self.batch if dist.device.type == "cuda" else 1  # documents, whose rows take no notice
+
+    def forward(self, tokens: Tensor, adapters: Tensor, past: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits [D, T, V] of all but the first two of the tokens [D, T + 2], and the past behind them."""
+        parts = adapters.split([shape.numel() for shape in self.shapes], dim=1)
+        parts = [x.unflatten(1, shape) for x, shape in zip(parts, self.shapes, strict=True)]
+        for m, *adapter in zip(self.maps, parts[::2], parts[1::2], strict=True):
+            m.adapter = adapter
+        for attn, keys_values in zip(self.attns, past, strict=True):
+            attn.past = tuple(keys_values)
+        logits, grown = self.average(tokens, mask=mask), torch.stack([torch.stack(x.past) for x in self.attns])
+        for module in (*self.maps, *self.attns):
+            module.adapter = module.past = None
+        return logits, grown[:, :, :, self.stride :].detach()
+
+    @torch.no_grad()
+    def predict(self, inputs: Tensor, rows: slice) -> dict[str, Tensor]:
+        """Return by stage float32 log-probabilities [m, V] of what follows this rank's share of a chunk's rows."""
+        opened, inputs = carry_before(self, inputs, rows) or self.open, inputs[: rows.stop]
+        begins, last = [x for x in self.begins(inputs) if x >= opened.begin], self.seen + rows.stop
+        ends = dict(zip(begins, [*begins[1:], last], strict=True))
+        documents = [opened, *(Document(begin, 0, *self.fresh) for begin in begins[1:])]
+        documents.sort(key=lambda x: x.begin + x.piece * self.stride - ends[x.begin])  # the longest first
+        mine, known = documents[self.dist.rank :: self.dist.world_size], [torch.zeros_like(x) for x in self.fresh]
+        logp = torch.zeros(rows.stop - rows.start + 1, self.c.vocab_size, device=inputs.device)
+        for i in range(0, len(mine), self.side_by_side):
+            group = mine[i : i + self.side_by_side]
+            for document, *found in zip(group, *self.walk(group, ends, inputs, rows, logp), strict=True):
+                if document.begin == begins[-1]:
+                    known = [x.clone(memory_format=torch.contiguous_format) for x in found]
+        carry = Document(begins[-1], (last - 1 - begins[-1]) // self.stride, *map(self.dist.sum, known))
+        self.made = [*self.made[-1:], RowBlock(inputs.clone(), rows, self.share(rows), carry=carry)]  # a past is large
+        return {"ttt": self.dist.sum(logp)[self.dist.share(rows.stop - rows.start, self.stride)]}
+
+    def walk(self, group: list[Document], ends: dict[int, int], inputs: Tensor, rows: slice, logp: Tensor):
+        """Score documents to their ends, learning between pieces. Return states and pasts before their last pieces.
+
+        logp [m + 1, V] takes the rows, and in its last one what is none of them.
+        """
+        size, known = self.stride, F.pad(torch.cat([self.context, inputs]), (2, self.stride))
+        state, past = torch.stack([x.state for x in group]), torch.stack([x.past for x in group], dim=2)
+        places = [(x.begin - self.seen, x.piece, ends[x.begin] - self.seen) for x in group]  # in the chunk
+        begin, piece, end = torch.tensor(places, device=inputs.device).T.unsqueeze(2)
+        last_piece, own = (end - 1 - begin) // size, torch.arange(-2, size + 1, device=inputs.device)
+        column = torch.arange(size - self.c.eval_seq_len, size, device=inputs.device)  # 0 where a piece begins
+        for k in range(n_pieces := int((last_piece - piece).max()) + 1):
+            now = torch.minimum(piece + k, last_piece)
+            at, mask = begin + now * size + own, (column >= -now * size).unsqueeze(1) & (column <= own[2:-1, None])
+            tokens, adapters = known[at + len(self.context) + 2], state[:, 0].clone().requires_grad_()
+            with torch.enable_grad():
+                logits, grown = self.forward(tokens[:, :-1], adapters, past, mask.unsqueeze(1))
+                loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 3:].flatten(), reduction="sum") / size
+            row = torch.where((at >= rows.start) & (at < end), at - rows.start, len(logp) - 1)[:, 2:-1]
+            logp[row] = (logits.detach() / self.temperature).double().log_softmax(-1).float()
+            if k + 1 < n_pieces:
+                (grad,), goes_on = torch.autograd.grad(loss, adapters), (now < last_piece).unsqueeze(2)
+                state = torch.where(goes_on, self.adam(state, grad, now + 1), state)
+                past = torch.where(goes_on.unsqueeze(3), grown, past)
+        return state, past.unbind(2)
+
+    def adam(self, state: Tensor, grad: Tensor, step: Tensor) -> Tensor:
+        """Return the state [D, 3, P] after Adam's step [D, 1]-th step; a gradient that is not finite counts as zero."""
+        c, finite, (adapters, first, second) = self.c, grad.isfinite().all(1, keepdim=True), state.unbind(1)
+        grad = torch.where(finite, grad, 0.0)
+        first, second = first.lerp(grad, 1 - c.beta1), second.lerp(grad.square(), 1 - c.beta2)
+        mean, square = first / (1 - c.beta1**step), second / (1 - c.beta2**step)
+        return torch.stack([adapters - c.ttt_lora_lr * mean / (square.sqrt() + c.adam_eps), first, second], 1)
+
+    def update(self, tokens: Tensor) -> None:
+        """Keep the open document's adapters, and train as TTT does: tokens [n + 1]."""
+        self.open, self.made = carry_before(self, tokens[:-1], slice(len(tokens) - 1, len(tokens) - 1)), []
+        super().update(tokens)
+
+
 class MixedTTT:
     """The rows of test-time training, mixed with what the stream so far holds."""
 
@@ -2340,13 +2495,7 @@ class MixedTTT:
 
     def predict(self, inputs: Tensor, rows: slice) -> dict[str, Tensor]:
         """Return by stage the log-probabilities [m, V] of the tokens that follow this rank's share of the rows."""
-        kept = [block for block in self.made if block.rows.stop <= rows.start]
-        self.made = [block for block in kept if torch.equal(block.inputs, inputs[: block.rows.stop])]
-        done, carry = (self.made[-1].rows.stop, self.made[-1].carry) if self.made else (0, None)
-        if done < rows.start:  # the mixer's carry comes from the rows before
-            self.predict(inputs, slice(done, rows.start))
-            carry = self.made[-1].carry
-        logp, mine = self.neural.predict(inputs, rows)["ttt"], self.share(rows)
+        carry, logp, mine = carry_before(self, inputs, rows), self.neural.predict(inputs, rows)["ttt"], self.share(rows)
         candidates = self.chains.candidates(inputs, mine, logp)
         self.made.append(block := RowBlock(inputs[: rows.stop].clone(), rows, mine, logp, candidates, carry))
         mixed, block.logp = self.mixer.mix(block), None
@@ -2369,7 +2518,7 @@ def make_predictor(stage: str, model: GPT, net: BiasNet, c: Config, dist: Dist, 
     if stage in FROZEN_STAGES:
         stride = c.eval_seq_len if stage == "roundtrip" else c.eval_stride
         return SlidingWindow(stage, compiled(model, c, dist.device), c, dist, stride)
-    neural = TTT(model, c, dist, tokenizer, deadline)
+    neural = (LoRA if c.ttt_lora_rank else TTT)(model, c, dist, tokenizer, deadline)
     return neural if stage == "ttt" else MixedTTT(neural, MIXERS[c.mixer](c, dist, net), c, dist)
 
 

@@ -77,6 +77,7 @@ TINY = dict(
     gptq_tokens=256,
     eval_seq_len=32,
     eval_stride=8,
+    ttt_lora_tokens=8,
     ttt_chunk_tokens=256,
     ttt_batch_tokens=128,
     val_batch_size=512,

@@ -543,5 +543,5 @@ def test_no_other_setting_changes_the_model(tiny_config):
     c = tiny_config(artifact_path="x", preset="smoke", max_wallclock_seconds=61.0)
     expected = logits_of(c)
     for f in FIELDS:
-        if f.name not in SHAPE:
+        if f.name not in (*SHAPE, "doc_isolated"):  # which an evaluation may choose
             assert torch.equal(logits_of(other_value(f, c)), expected), f.name

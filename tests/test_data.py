@@ -466,6 +466,22 @@ def test_every_position_has_one_window_and_the_same_in_any_piece(cut):
     assert answered == [(position, window_of(position, stride, seq_len)) for position in range(edges[-1])]
 
 
+@settings(max_examples=300)
+@given(cut_streams(), st.sets(st.integers(1, 199), max_size=8))
+@pytest.mark.slow
+def test_a_text_has_the_windows_of_a_stream_of_its_own(cut, cuts):
+    stride, seq_len, edges = cut
+    begins = [0, *(begin for begin in sorted(cuts) if begin < edges[-1])]
+    answered = []
+    for first, last in zip(edges, edges[1:], strict=False):
+        for start, low, high in zip(*windows(first, last, stride, seq_len, begins), strict=True):
+            assert first <= low < high <= last and start <= low and high <= start + seq_len
+            answered += [(position, start) for position in range(low, high)]
+    begin_of = [max(begin for begin in begins if begin <= position) for position in range(edges[-1])]
+    expected = [(p, b + window_of(p - b, stride, seq_len)) for p, b in enumerate(begin_of)]
+    assert answered == expected
+
+
 @given(st.integers(1, 50), st.integers(1, 50), st.integers(1, 300))
 def test_context_is_long_but_at_the_streams_start(seq_len, stride, n):
     assume(stride <= seq_len)

@@ -47,6 +47,19 @@ def test_attention_equals_its_definition_with_grouped_heads(backend):
     torch.testing.assert_close(found.double(), naive_attention(q, k, v), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("backend", ["math", "flash"])
+def test_attention_inside_documents_is_that_of_each_alone(backend):
+    tokens = torch.full((2, 40), 5)
+    tokens[0, [0, 13, 14]] = tokens[1, 5] = 1  # the second row begins inside a document
+    q, k, v = torch.randn(2, 40, 4, 8), torch.randn(2, 40, 2, 8), torch.randn(2, 40, 2, 8)
+    found = train_gpt.attention(q, k, v, backend, train_gpt.document_bounds(tokens, 1, backend))
+    for row, edges in ((0, (0, 13, 14, 40)), (1, (0, 5, 40))):
+        for begin, end in zip(edges, edges[1:], strict=False):
+            alone = (x[row : row + 1, begin:end] for x in (q, k, v))
+            expected = naive_attention(*alone)[0].float()
+            torch.testing.assert_close(found[row, begin:end], expected, atol=1e-5, rtol=0)
+
+
 def test_flash_attention_3_is_called_with_its_own_layout(monkeypatch):
     q, k, v = torch.randn(1, 5, 2, 8), torch.randn(1, 5, 1, 8), torch.randn(1, 5, 1, 8)
 
@@ -103,7 +116,7 @@ def test_attention_that_raises_or_differs_is_replaced_with_one_line(tiny_config,
     monkeypatch.setattr(
         train_gpt,
         "attention",
-        lambda q, k, v, backend="math": fault(whole(q, k, v)) if backend == "cudnn" else whole(q, k, v),
+        lambda q, k, v, backend="math", bounds=None: fault(whole(q, k, v)) if backend == "cudnn" else whole(q, k, v),
     )
     chosen, lines = choose(tiny_config(attention="cudnn", kernels=()))
     assert chosen == Kernels("math", ()) and len(lines) == 1

@@ -289,3 +289,40 @@ def test_bfloat16_activations_stay_near_float32(tiny_config):
     exact = model(tokens)
     model.dtype = torch.bfloat16
     assert (model(tokens) - exact).abs().mean() < 0.05 * exact.abs().mean()
+
+
+def test_an_isolated_models_rows_are_those_of_each_document_alone(tiny_config):
+    """Up to rounding; across documents, all but the first differ."""
+    c = tiny_config(doc_isolated=True)
+    tokens = random_tokens(c, batch=1, seq_len=24)
+    tokens[0, [0, 9, 10]] = c.bos_id
+    model = build(c)
+    found = model(tokens)[0]
+    for begin, end in ((0, 9), (9, 10), (10, 24)):
+        torch.testing.assert_close(found[begin:end], model(tokens[:, begin:end])[0], atol=1e-4, rtol=1e-4)
+    crossing = build(tiny_config())(tokens)[0]
+    assert torch.allclose(found[:9], crossing[:9], atol=1e-4) and not torch.allclose(found[9:], crossing[9:], atol=1e-3)
+
+
+def test_pieces_that_look_at_their_past_have_the_rows_of_the_whole(tiny_config):
+    c = tiny_config()
+    tokens, model, found = random_tokens(c, batch=2, seq_len=24), build(c), []
+    tokens[:, 0] = c.bos_id  # what stands before it counts for nothing
+    for block in model.blocks:
+        block.attn.past = tuple(torch.zeros(2, 2, 0, c.kv_heads, c.model_dim // c.num_heads))
+    for low, high in ((0, 1), (1, 9), (9, 24)):
+        mask = torch.ones(high - low, high, dtype=torch.bool).tril(low)[None, None]
+        found.append(model(F.pad(tokens, (2, 0))[:, low : high + 2], mask=mask))
+    for block in model.blocks:
+        block.attn.past = None
+    torch.testing.assert_close(torch.cat(found, dim=1), model(tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_an_adapter_adds_a_low_rank_map_to_its_own_row_of_the_batch():
+    linear, x = train_gpt.Linear(6, 4), torch.randn(3, 5, 6)
+    linear.weight.data.normal_()
+    down, up = torch.randn(3, 2, 6), torch.randn(3, 4, 2)
+    linear.adapter = down, up
+    for row in range(3):
+        expected = x[row] @ (linear.weight + up[row] @ down[row]).T
+        torch.testing.assert_close(linear(x)[row], expected, atol=1e-5, rtol=1e-5)

@@ -38,6 +38,7 @@ GPUS = dict(h100=Gpu(989.0, 79), h200=Gpu(989.0, 140), a100=Gpu(312.0, 79))
 UTILIZATION = 0.272
 LAUNCH_SECONDS = 10e-6  # of the host, a kernel
 TTT_STEP_SECONDS = 0.025  # of the host: 439 launches and autograd, on a runtime that executes nothing
+LONGEST_DOCUMENT = 8_000  # tokens of the longest one in 32,768 of val_fineweb, on average
 LIMIT_SECONDS, ATTEMPTS = 600.0, 3  # of an evaluation; at fitting a model to its size
 EVAL_TOKENS = 62_021_632  # of the challenge's validation text at 1,024 pieces; 8,192 make 40.5 million
 LZMA_OVER_ENTROPY = 1.03
@@ -157,7 +158,12 @@ def estimate(c: Config, name: str, n_gpus: int, tokens: int, utilization: float)
     windows = c.eval_seq_len / c.eval_stride * flops / 3
     stages = dict(roundtrip=tokens * flops / 3 / rate, sliding=tokens * windows / rate)
     adapting = max(tokens * c.ttt_epochs * flops / rate, n_updates * TTT_STEP_SECONDS)
-    stages["ttt"] = stages["mixed"] = stages["sliding"] + adapting
+    predicting = stages["sliding"]
+    if c.ttt_lora_rank:  # all documents of a block step together, as often as its longest one has pieces
+        block = min(c.ttt_chunk_tokens, n_gpus * train_gpt.BLOCK_CELLS // c.vocab_size)
+        n_pieces = tokens / block * min(block, LONGEST_DOCUMENT) / c.ttt_lora_tokens
+        predicting = max(tokens * flops * 2 / 3 / rate, n_pieces * TTT_STEP_SECONDS)
+    stages["ttt"] = stages["mixed"] = predicting + adapting
     asked = [stage for stage in c.stages if stage != "ttt" or "mixed" not in c.stages]
     listed = ", ".join(f"{stage} {stages[stage]:.0f}" for stage in asked)
     seconds = sum(stages[stage] for stage in asked)

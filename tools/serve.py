@@ -36,7 +36,7 @@ def state_of(x, visited: dict | None = None):
     No predictor chooses what is looked at. What one keeps in a module or a closure is not found here: the rows of a run
     that nobody probed, which the audit compares, are what shows it.
 
-    Left out is what `predict` may leave behind: what is made again for other inputs (MixedTTT.made, what hash chains
+    Left out is what `predict` may leave behind: what is made again for other inputs (`made`, what hash chains
     hold past `seen`) and what the last collective added up.
     """
     visited = {} if visited is None else visited  # by id; holds the objects, whose ids would be used again otherwise
@@ -57,7 +57,7 @@ def state_of(x, visited: dict | None = None):
                 yield from state_of(part, visited)
         elif hasattr(x, "__dict__"):
             for name, part in vars(x).items():
-                if name != {train_gpt.MixedTTT: "made", ThreadRank: "slots"}.get(type(x)):
+                if name != {train_gpt.MixedTTT: "made", train_gpt.LoRA: "made", ThreadRank: "slots"}.get(type(x)):
                     yield from state_of(part, visited)
 
 

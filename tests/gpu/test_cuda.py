@@ -237,3 +237,41 @@ def test_text_comes_back_from_its_bits_on_the_gpu(tiny_config, mixer):
     finally:
         torch.use_deterministic_algorithms(False)
     assert torch.equal(found, tokens)
+
+
+@pytest.mark.parametrize("backend", ["flash3", "cudnn", "flash"])
+def test_attention_inside_documents_equals_the_mask(backend):
+    tokens = torch.randint(2, 99, (3, 256), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    tokens[0, [7, 8, 100]] = tokens[2, 200] = 1
+    q, k, v = (torch.randn(3, 256, heads, 64).to(DEVICE, torch.bfloat16).requires_grad_() for heads in (4, 2, 2))
+    try:
+        y = train_gpt.attention(q, k, v, backend, train_gpt.document_bounds(tokens, 1, backend))
+    except Exception as error:  # each library refuses in its own way
+        pytest.skip(f"{backend} does not work here: {error}")
+    exact = [x.detach().cpu().double().requires_grad_() for x in (q, k, v)]
+    mask = train_gpt.document_bounds(tokens.cpu(), 1, "math")
+    expected = train_gpt.attention(*exact, "math", mask)
+    assert far(y, expected) < 1e-2
+    for a, b in zip(torch.autograd.grad(y.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), exact), strict=True):
+        assert far(a, b) < 2e-2
+
+
+def test_a_rows_last_documents_are_one_where_they_are_too_many():
+    """They never run into the next row, whose tokens come later in the stream."""
+    bounds = train_gpt.document_bounds(torch.ones(2, 256, dtype=torch.int64, device=DEVICE), 1, "flash")
+    assert bounds.tolist() == [0, 1, 2, 256, 257, 258, 512]
+
+
+def test_documents_adapt_side_by_side_on_the_gpu_as_alone_on_the_cpu(tiny_config):
+    c = tiny_config(ttt_lora_rank=2, ttt_lora_tokens=8, ttt_epochs=0, doc_isolated=True, dtype="float32")
+    tokens = random_tokens(c, 1, 193)[0]
+    tokens[[0, 30, 31, 90]] = c.bos_id
+    model, found = build(c), {}
+    for device in (torch.device("cpu"), DEVICE):
+        predictor = train_gpt.LoRA(model.to(device), c, Dist(device=device), None)
+        found[device.type], inputs = [], tokens.to(device)
+        for start in range(0, 192, 64):
+            found[device.type].append(predictor.predict(inputs[start : start + 64], slice(0, 64))["ttt"].cpu())
+            predictor.update(inputs[start : start + 65])
+    a, b = (torch.cat(found[device]) for device in ("cuda", "cpu"))
+    assert (a - b).abs().max() < 2e-3
