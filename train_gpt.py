@@ -682,7 +682,7 @@ class Stream:
 def windows(first: int, last: int, stride: int, seq_len: int, begins=(0,)) -> tuple[np.ndarray, ...]:
     """Return the windows that score the stream's positions [first, last), as arrays (start, low, high).
 
-    Each of the texts that begin at the positions `begins` has its own; by default, the stream is one. Window k of a
+    Each text that begins at a position in `begins` has its own; by default, the stream is one text. Window k of a
     text reads its inputs [k * stride, k * stride + seq_len) and scores their last `stride` positions; window 0 scores
     all of its own. Every position is scored once. Stride = seq_len gives disjoint windows.
     """
@@ -709,7 +709,7 @@ Kernels = namedtuple("Kernels", "attention fused", defaults=("math", ()))  # for
 def document_bounds(tokens: Tensor, bos_id: int, backend: str) -> Tensor:
     """Return what keeps attention over tokens [B, T] inside documents: a mask [B, 1, T, T], True where it may look.
 
-    Kernels of packed sequences take where each begins, and the end, int32 [n + 1]: T / 128 a row, the last the rest.
+    Kernels of packed sequences take their starts and the end, int32 [n + 1]: T // 128 + 1 a row, the last has the rest.
     """
     (n_rows, seq_len), begins, device = tokens.shape, tokens == bos_id, tokens.device
     if tokens.is_cuda and backend != "math":
@@ -1073,7 +1073,7 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor | None = None, keep=0, mask: Tensor | None = None) -> Tensor:
         """Return float32 logits [B, T, V] after tokens [B, T] (the last `keep` of them), or the targets' nll [B, T].
 
-        A mask [B, 1, n, S + n] over Attention.past and the last n tokens leaves to the others to precede them.
+        Under a mask [B, 1, n, S + n], the last n tokens attend to Attention.past and themselves; the others precede.
         """
         assert tokens.shape[1] <= self.rotary.shape[1], "longer than TRAIN_SEQ_LEN and EVAL_SEQ_LEN"
         x = self.tok_emb(tokens).to(self.dtype)
@@ -2247,7 +2247,7 @@ class SlidingWindow:
         n = min(-(-c.ttt_chunk_tokens // (c.eval_stride * dist.world_size)), self.block_rows // stride)
         self.batch = -(-n // -(-n // max(1, c.micro_batch_tokens // c.eval_seq_len)))
         if (c.doc_isolated or c.ttt_lora_rank) and torch.are_deterministic_algorithms_enabled():
-            self.batch = 1  # a BOS that a decoder does not know yet changes no shape
+            self.batch = 1  # else a BOS that a decoder does not know yet changes a shape, and so the rounding
         self.seen, self.begin = 0, 0  # positions of the stream: of the next chunk and of the open document's BOS
         self.context = torch.empty(0, dtype=torch.int64, device=dist.device)  # the inputs just before it
 
@@ -2379,7 +2379,7 @@ Document = namedtuple("Document", "begin piece state past")  # its BOS, the piec
 
 
 def carry_before(predictor, inputs: Tensor, rows: slice):
-    """Return what a chunk's blocks before these rows left, made again where inputs changed; None where none is."""
+    """Return the carry of the last block before these rows, made again where inputs changed; None where none is."""
     kept = [block for block in predictor.made if block.rows.stop <= rows.start]
     predictor.made = [block for block in kept if torch.equal(block.inputs, inputs[: block.rows.stop])]
     if (done := predictor.made[-1].rows.stop if predictor.made else 0) < rows.start:
@@ -2392,8 +2392,8 @@ class LoRA(TTT):
 
     A document is scored in pieces of TTT_LORA_TOKENS. When its next piece begins, the last one's tokens are inputs, and
     the adapters take a step of Adam on it. Keys and values stay as their piece made them (arXiv 1901.02860): a token is
-    read once. Rows depend on their document alone. Each is a row of the batch, of the state [D, 3, P], its adapters and
-    Adam's two moments, and of the past [layers, 2, D, S, KV, head].
+    read once. With a frozen base, rows depend on their document alone. The state [D, 3, P] of D documents holds their
+    adapters and Adam's two moments; the past [layers, 2, D, S, KV, head] holds their keys and values.
     """
 
     MAPS = "q", "v", "out", "down"
@@ -2410,7 +2410,7 @@ class LoRA(TTT):
         fresh = torch.stack([adapters, 0 * adapters, 0 * adapters]), torch.zeros(past, dtype=self.average.dtype)
         self.fresh = [x.to(dist.device) for x in fresh]
         self.open, self.made = Document(0, 0, *self.fresh), []
-        self.side_by_side = self.batch if dist.device.type == "cuda" else 1  # documents, whose rows take no notice
+        self.side_by_side = self.batch if dist.device.type == "cuda" else 1  # documents walked at once
 
     def forward(self, tokens: Tensor, adapters: Tensor, past: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits [D, T, V] of all but the first two of the tokens [D, T + 2], and the past behind them."""
@@ -2447,7 +2447,7 @@ class LoRA(TTT):
     def walk(self, group: list[Document], ends: dict[int, int], inputs: Tensor, rows: slice, logp: Tensor):
         """Score documents to their ends, learning between pieces. Return states and pasts before their last pieces.
 
-        logp [m + 1, V] takes the rows, and in its last one what is none of them.
+        logp [m + 1, V] takes the rows; its last row takes all positions outside `rows`.
         """
         size, known = self.stride, F.pad(torch.cat([self.context, inputs]), (2, self.stride))
         state, past = torch.stack([x.state for x in group]), torch.stack([x.past for x in group], dim=2)
