@@ -24,6 +24,7 @@ import datetime
 import difflib
 import functools
 import hashlib
+import inspect
 import io
 import json
 import logging
@@ -48,7 +49,8 @@ import torch
 import torch.distributed as c10d
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel, varlen
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.varlen import varlen_attn
 
 triton = tl = flash_attn_func = None
 with suppress(ImportError):  # every Triton kernel has a plain twin
@@ -247,8 +249,7 @@ class Config:
         yield "bigram_vocab_size", c.bigram_vocab_size != 1, "0 (none), or 2 or more"
         yield "train_batch_tokens", c.batch_seqs > 0, f"at least TRAIN_SEQ_LEN={c.train_seq_len}"
         yield "eval_stride", c.eval_stride <= c.eval_seq_len, f"at most EVAL_SEQ_LEN={c.eval_seq_len}"
-        piece = c.ttt_lora_tokens if c.ttt_lora_rank else 1
-        yield "ttt_lora_tokens", piece <= c.eval_seq_len - 2, f"at most EVAL_SEQ_LEN - 2 = {c.eval_seq_len - 2}"
+        yield "ttt_lora_tokens", not c.ttt_lora_rank or c.ttt_lora_tokens + 1 < c.eval_seq_len, "up to EVAL_SEQ_LEN - 2"
         yield "ttt_freeze_blocks", c.ttt_freeze_blocks <= c.num_layers, f"at most NUM_LAYERS={c.num_layers}"
         yield "max_wallclock_seconds", cap == 0 or cap > reserve, f"more than RESERVE_SECONDS={reserve}, or 0"
         yield "late_qat_threshold", scales or not trains, f"0 with QUANT={c.quant}: late QAT needs int6's scales"
@@ -702,7 +703,7 @@ def windows(first: int, last: int, stride: int, seq_len: int, begins=(0,)) -> tu
 
 BACKENDS = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
 SDPA_BACKENDS = dict(zip(("cudnn", "flash", "efficient", "math"), BACKENDS, strict=True))  # as `auto` tries them
-VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in varlen.varlen_attn.__code__.co_varnames else {}  # torch 2.13
+VARLEN_GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}  # torch 2.13
 Kernels = namedtuple("Kernels", "attention fused", defaults=("math", ()))  # forms in use; these are the plain ones
 
 
@@ -725,7 +726,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "math", bounds: Te
     """Return causal attention: q [B, T, H, D], grouped k and v [B, T, KV, D] -> [B, T, H, D], within the bounds."""
     if bounds is not None and bounds.dim() == 1:
         ends, packed = (bounds, bounds, q.shape[1], q.shape[1]), (x.flatten(0, 1) for x in (q, k, v))
-        return varlen.varlen_attn(*packed, *ends, window_size=(-1, 0), **VARLEN_GQA).view_as(q)
+        return varlen_attn(*packed, *ends, window_size=(-1, 0), **VARLEN_GQA).view_as(q)
     if backend == "flash3" and bounds is None:
         y = flash_attn_func(q, k, v, causal=True, deterministic=torch.are_deterministic_algorithms_enabled())
         return y[0] if isinstance(y, tuple) else y
