@@ -666,7 +666,7 @@ def test_a_process_of_its_own_gives_the_rows_that_this_one_gives(subject, honest
 )
 def test_a_script_that_does_not_predict_ends_the_audit_in_one_line(fault, word, subject, tmp_path):
     """It runs where it can neither change a check nor print into the answers."""
-    honest = "    neural = TTT(model, c, dist, tokenizer, deadline)\n"
+    honest = "    neural = (LoRA if c.ttt_lora_rank else TTT)(model, c, dist, tokenizer, deadline)\n"
     faulty = patched(subject, tmp_path, honest, f"    {fault}\n    raise ValueError('invalid')\n")
     with pytest.raises(train_gpt.InputError, match=f"predictor stopped; its last words are: .*{word}"):
         audit.watched_pass(faulty)
