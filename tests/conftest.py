@@ -8,7 +8,6 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import hypothesis
@@ -20,7 +19,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of Triton, so that its kernels run here
 import train_gpt  # noqa: E402
-from serve import ThreadRank  # noqa: E402
+from serve import ThreadRank, thread_pool  # noqa: E402
 
 hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 hypothesis.settings.register_profile("same_every_time", derandomize=True, database=None, deadline=None)
@@ -276,5 +275,5 @@ def on_ranks(world_size, function):
             barrier.abort()  # the other ranks would wait for ever
             raise
 
-    with ThreadPoolExecutor(world_size) as threads:
+    with thread_pool(world_size) as threads:
         return list(threads.map(run, range(world_size)))

@@ -642,6 +642,12 @@ def test_two_ranks_score_as_one_does_and_are_probed(subject, honest_passes):
     np.testing.assert_allclose(honest_passes.two.nll, honest_passes.one.nll, rtol=1e-4, atol=1e-5)
 
 
+def test_the_first_product_of_a_rank_has_the_bits_of_any_other():
+    left, right = torch.rand(5, 64), torch.rand(64, 128)
+    with serve.thread_pool(1) as pool:
+        assert torch.equal(pool.submit(torch.mm, left, right).result(), left @ right)
+
+
 def test_a_process_of_its_own_gives_the_rows_that_this_one_gives(subject, honest_passes):
     """To the last bit, before and after it learned."""
     here = audit.watched_pass(dataclasses.replace(subject, open_ranks=in_this_process), probes=0)

@@ -69,6 +69,15 @@ def fingerprint(*predictors) -> bytes:
     return digest.digest()
 
 
+def thread_pool(n: int) -> ThreadPoolExecutor:
+    """Return a pool whose threads compute as this one does.
+
+    The first matrix product of a new thread would take all cores, whatever torch.set_num_threads said here, and with
+    five rows that moves bits.
+    """
+    return ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
+
+
 class ThreadRank(train_gpt.Dist):
     """One of several ranks that are threads of this process, with the collectives that scoring needs."""
 
@@ -94,7 +103,7 @@ class Ranks:
     """The predictors of one pass. Each of at least `n_blocks` parts of a chunk is predicted by all ranks together."""
 
     def __init__(self, run: runs.Run, n_ranks: int = 1, n_blocks: int = 1, ttt_stop: int | None = None):
-        self.run, self.pool, self.barrier = run, ThreadPoolExecutor(n_ranks), threading.Barrier(n_ranks)
+        self.run, self.pool, self.barrier = run, thread_pool(n_ranks), threading.Barrier(n_ranks)
         slots, device = [None] * n_ranks, run.dist.device
         dists = [ThreadRank(rank, device, self.barrier, slots) for rank in range(n_ranks)]
         self.predictors = [run.predictor(ttt_stop, dist) for dist in dists]
