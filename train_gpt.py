@@ -523,6 +523,7 @@ class Clock:
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 SHARD_NAME = re.compile(r".+_(train|val)_(\d+)\.bin")
+CASE_MARKS = {"\ue101": 0, "\ue102": 0, "\ue103": 2}  # of data/caseops.py, and the bytes of the text that each adds
 # Of a stream: tokens [n + 1] from position `start` on; inputs are all but the last of them, targets all but the first.
 Chunk = namedtuple("Chunk", "start tokens inputs targets is_last")
 
@@ -566,6 +567,13 @@ def check_ids(tokens: np.ndarray, c: Config, where: str) -> np.ndarray:
     return tokens.astype(np.int64)
 
 
+def case_marks(sp: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
+    """Return CASE_MARKS where they are symbols of the tokenizer, which have the score 0; {} where they are letters."""
+    ids = [sp.piece_to_id(mark) for mark in CASE_MARKS]
+    symbols = (sp.get_score(i) == 0 and not sp.is_unknown(i) and not sp.is_control(i) for i in ids)
+    return CASE_MARKS if all(symbols) else {}
+
+
 class Tokenizer:
     """A SentencePiece model, checked against the settings and the data, and the bytes of its tokens."""
 
@@ -586,6 +594,7 @@ class Tokenizer:
         check_manifest(c, tokenizer_sha256=self.sha256)
         if trained_with not in ("", self.sha256):
             raise InputError(f"TOKENIZER_PATH={path}: sha256 is not the one that ARTIFACT_PATH={c.artifact_path} names")
+        self.case_marks = case_marks(self.sp)
         # Int64 [V], right after a BOS and elsewhere: a decoder may drop a document's leading space.
         self.start_bytes = torch.tensor([self.added_bytes(i, at_start=True) for i in ids])
         self.inside_bytes = torch.tensor([self.added_bytes(i, at_start=False) for i in ids])
@@ -596,7 +605,9 @@ class Tokenizer:
             return 1
         if self.sp.is_control(token) or self.sp.is_unknown(token) or self.sp.is_unused(token):
             return 0
-        text = self.sp.decode([token]) if at_start else self.sp.id_to_piece(token).replace("\u2581", " ")
+        if (piece := self.sp.id_to_piece(token)) in self.case_marks:
+            return self.case_marks[piece]
+        text = self.sp.decode([token]) if at_start else piece.replace("\u2581", " ")
         return len(text.encode("utf-8"))
 
     def count_bytes(self, previous: Tensor, tokens: Tensor) -> Tensor:

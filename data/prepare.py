@@ -50,6 +50,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import caseops  # noqa: E402
 from train_gpt import (  # noqa: E402
     SHARD_HEADER_INTS,
     SHARD_MAGIC,
@@ -270,12 +271,14 @@ def hold_out(documents: dict[bytes, str], wanted_bytes: int) -> set[bytes]:
 # --- Tokenizer --------------------------------------------------------------------------------------------------------
 
 
-def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
+def train_tokenizer(documents: Iterable[str], vocab_size: int, marks_case: bool = False) -> bytes:
     """A SentencePiece BPE model of exactly `vocab_size` pieces whose decoder gives back the encoded text unchanged.
 
     Documents are whole sentences to SentencePiece, so that line breaks can become part of pieces. Runs of spaces are
-    pieces too: indentation would otherwise cost a token a space. Raises PrepareError if the text is too small.
+    pieces too: indentation would otherwise cost a token a space. With `marks_case`, capital letters are marks of their
+    own (caseops.py). Raises PrepareError if the text is too small.
     """
+    documents = map(caseops.mark, documents) if marks_case else documents
     # SentencePiece leaves out a sentence that holds U+2585, its own mark, without a word.
     sentences = [part for text in documents for part in text.split("\u2585") if part]
     model = io.BytesIO()
@@ -289,6 +292,7 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> bytes:
             required_chars=SPACE_MARK,  # which a text without spaces lacks
             byte_fallback=True,
             split_digits=True,
+            user_defined_symbols=list(caseops.MARKS) if marks_case else [],
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             add_dummy_prefix=False,
@@ -373,8 +377,8 @@ def encode_batch(pieces: list[Piece]) -> list[Encoded]:
     for text, begins in pieces:
         # A tokenizer may drop or add a space at the start of a text, and so stands a word before what is none.
         before = "" if begins else ANCHOR
-        ids = worker.tokenizer.encode(before + text)
-        decoded = worker.tokenizer.decode(ids)[len(before) :]
+        ids = caseops.encode(worker.tokenizer, before + text)
+        decoded = caseops.decode(worker.tokenizer, ids)[len(before) :]
         if worker.lossless and decoded != text:
             raise PrepareError(
                 f"document {text[:HEAD_CHARS]!r}: the tokenizer does not decode it to the same text; "
@@ -573,12 +577,16 @@ def make_text(args: argparse.Namespace) -> None:
         train = TextFiles(args.train, "train")
         if not (args.train or args.tokenizer):
             raise PrepareError("--train: no file; allowed is none with --tokenizer, for text that is only scored")
+        if args.caseops and args.tokenizer:
+            found = f"--caseops with --tokenizer {args.tokenizer}"
+            raise PrepareError(f"{found}: allowed is --train-tokenizer; a tokenizer that has marks uses them")
         if args.tokenizer:
             model = args.tokenizer.read_bytes()
             load_tokenizer(model, args.tokenizer)
         else:
             print(f"training a tokenizer of {args.train_tokenizer} pieces")
-            model = train_tokenizer(first_bytes(train, args.tokenizer_bytes), args.train_tokenizer)
+            texts = first_bytes(train, args.tokenizer_bytes)
+            model = train_tokenizer(texts, args.train_tokenizer, args.caseops)
         names = [path.name for path in (*args.train, *args.val)]
         part_chars = PART_CHARS if splits_at_spaces(model) else sys.maxsize
         splits = ((args.train, "train"), (args.val, "val"))
@@ -773,6 +781,8 @@ def build_parser() -> Parser:
     tokenizer.add_argument("--train-tokenizer", type=vocab, metavar="VOCAB", help="or train one of this many pieces")
     files.add_argument("--tokenizer-bytes", type=number(1), default=20_000_000, metavar="N",
                        help="of training text that the new tokenizer is trained on [%(default)s]")  # fmt: skip
+    files.add_argument("--caseops", action="store_true",
+                       help="write with --train-tokenizer: capital letters as marks before small ones")  # fmt: skip
     files.add_argument("--drop-shared", **dropping)
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
     files.add_argument("--shard-tokens", type=number(1, MAX_SHARD_TOKENS), default=MAX_SHARD_TOKENS, metavar="N",

@@ -69,7 +69,7 @@ def folder_of(subject: Subject):
     """Yield a new folder with all that a closed process may read: script, tools, artifact and tokenizer."""
     with tempfile.TemporaryDirectory() as folder:
         os.mkdir(f"{folder}/tools")
-        for module in (codec, runs, serve):
+        for module in (codec, codec.caseops, runs, serve):
             shutil.copy(module.__file__, f"{folder}/tools")
         shutil.copy(subject.script, f"{folder}/train_gpt.py")
         shutil.copy(subject.c.artifact_path, f"{folder}/x.artifact")

@@ -31,7 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "data"))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import caseops
 import train_gpt
 from runs import be_deterministic, load_run
 from train_gpt import InputError, Tokenizer
@@ -179,10 +181,10 @@ def file_tokens(data: bytes, tokenizer: Tokenizer, args) -> Tensor:
         text = data.decode()
     except UnicodeDecodeError as error:
         raise InputError(f"--file={args.file}: byte {error.start} is no UTF-8; allowed is text") from None
-    ids = tokenizer.sp.encode(text)
+    ids = caseops.encode(tokenizer.sp, text)
     if not 0 < len(ids) <= MOST_TOKENS:
         raise InputError(f"--file={args.file}: {len(ids)} tokens; allowed are 1 to {MOST_TOKENS}")
-    if tokenizer.sp.decode(ids) != text:
+    if caseops.decode(tokenizer.sp, ids) != text:
         allowed = "a text that it gives back; one that normalizes loses line breaks, those of data/prepare.py do not"
         raise InputError(f"--tokenizer={args.tokenizer}: it does not give {args.file} back; allowed is {allowed}")
     return torch.tensor([tokenizer.bos_id, *ids])
@@ -225,7 +227,7 @@ def documents(tokens: list[int], tokenizer: Tokenizer) -> list[str]:
             found.append([])
         else:
             found[-1].append(token)
-    return [tokenizer.sp.decode(document) for document in found]
+    return [caseops.decode(tokenizer.sp, document) for document in found]
 
 
 def as_text(tokens: Tensor, tokenizer: Tokenizer) -> bytes:
