@@ -2313,6 +2313,7 @@ class Deadline:
     def __init__(self, dist: Dist, n_chunks: int = 0, seconds: float = math.inf, stop_after: int | None = None):
         self.left, self.stop_after, self.clock, self.seconds = n_chunks, stop_after, Clock(dist), seconds
         self.adapted, self.adapting, self.last, self.scoring = 0, 0.0, 0.0, deque(maxlen=9)
+        self.over = False  # as of the last chunk that was scored: a replay comes to it where the run did
 
     def allows(self) -> bool:
         """Return whether to adapt to the chunk that has just been scored; `adapt` says when that is done."""
@@ -2323,7 +2324,8 @@ class Deadline:
         if self.stop_after is None and late:
             self.stop_after = self.adapted
             log.info(f"ttt_stop: after {self.adapted} chunks, with {self.left} chunks left to score")
-        return self.stop_after is None or self.adapted < self.stop_after
+        self.over = self.stop_after is not None and self.adapted >= self.stop_after
+        return not self.over
 
     def adapt(self) -> None:
         """Count and time an adaptation that has just ended."""
@@ -2471,14 +2473,16 @@ class LoRA(TTT):
             now = torch.minimum(piece + k, last_piece)
             at, mask = begin + now * size + own, (column >= -now * size).unsqueeze(1) & (column <= own[2:-1, None])
             tokens, adapters = known[at + len(self.context) + 2], state[:, 0].clone().requires_grad_()
-            with torch.enable_grad():
+            with torch.set_grad_enabled(not self.deadline.over):
                 logits, grown = self.forward(tokens[:, :-1], adapters, past, mask.unsqueeze(1))
                 loss = F.cross_entropy(logits.flatten(0, 1), tokens[:, 3:].flatten(), reduction="sum") / size
             row = torch.where((at >= rows.start) & (at < end), at - rows.start, len(logp) - 1)[:, 2:-1]
             logp[row] = (logits.detach() / self.temperature).double().log_softmax(-1).float()
             if k + 1 < n_pieces:
-                (grad,), goes_on = torch.autograd.grad(loss, adapters), (now < last_piece).unsqueeze(2)
-                state = torch.where(goes_on, self.adam(state, grad, now + 1), state)
+                goes_on = (now < last_piece).unsqueeze(2)
+                if not self.deadline.over:
+                    (grad,) = torch.autograd.grad(loss, adapters)
+                    state = torch.where(goes_on, self.adam(state, grad, now + 1), state)
                 past = torch.where(goes_on.unsqueeze(3), grown, past)
         return state, past.unbind(2)
 

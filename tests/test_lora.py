@@ -10,7 +10,7 @@ import train_gpt
 from conftest import build, on_ranks, random_tokens
 from serve import fingerprint
 from test_mixing import random_net
-from train_gpt import Dist, LoRA, SlidingWindow, make_predictor
+from train_gpt import Deadline, Dist, LoRA, SlidingWindow, make_predictor
 
 BEGINS = 0, 30, 31, 32, 90  # documents of 30, 1, 1, 58 and 103 tokens
 CHUNK = 64
@@ -104,6 +104,20 @@ def test_adapters_that_never_move_give_the_frozen_rows(world):
     for begin, end in ((0, 30), (30, 31), (31, 32), (32, 64), (90, 122)):
         torch.testing.assert_close(found[begin:end], sliding[begin:end], atol=1e-4, rtol=1e-4)
     assert (found - rows_of(lora(world), tokens)).abs().max() > 0.05
+
+
+def test_adapters_stay_as_they_are_once_the_time_for_adapting_is_over(world):
+    """From the chunk behind the one at whose end a run finds it over, and a replay finds it there too."""
+
+    class Late(Deadline):
+        def allows(self):
+            self.stop_after = self.adapted if self.adapted == 1 else None
+            return super().allows()
+
+    tokens, free = world[2], rows_of(lora(world), world[2])
+    live, replay = (rows_of(lora(world, deadline=x), tokens) for x in (Late(Dist()), Deadline(Dist(), stop_after=1)))
+    assert torch.equal(live, replay) and torch.equal(live[: 2 * CHUNK], free[: 2 * CHUNK])
+    assert (live[2 * CHUNK :] - free[2 * CHUNK :]).abs().max() > 0.05
 
 
 def test_documents_side_by_side_have_the_rows_that_each_has_alone(world):
