@@ -127,6 +127,12 @@ class Config:
     rope_base: float = setting(10000.0, 1.0, shape=True)
     layer_scale: bool = setting(True, shape=True)  # 1 / sqrt(layer + 1) on the input of every sublayer
     unet_skips: bool = setting(True, shape=True)
+    skip_gates_enabled: bool = setting(False, shape=True)  # a skip takes the stream's place by a learned part
+    gate_window: int = setting(0, 0, shape=True)  # channels from which a gate a head is read; 0 = none
+    num_loops: int = setting(0, 0, 16, shape=True)  # further passes through layers LOOP_START to LOOP_END
+    loop_start: int = setting(3, 0, shape=True)
+    loop_end: int = setting(5, 0, shape=True)
+    enable_looping_at: float = setting(0.35, 0.0, 1.0)  # part of the training steps
     qk_gain_init: float = setting(1.5, 0.0)
     logit_softcap: float = setting(30.0, 0.0, shape=True)  # 0 = none
     doc_isolated: bool = setting(False, score=True)  # no attention across a BOS; scoring's windows begin at it
@@ -142,6 +148,7 @@ class Config:
     # Where the clock ends the run before ITERATIONS, these and MUON_MOMENTUM_WARMUP_STEPS shrink (see schedule).
     lr_warmup_iters: int = setting(20, 0)
     warmdown_iters: int = setting(3500, 0)
+    min_lr: float = setting(0.0, 0.0, 1.0)  # part of the rates that the warmdown leaves; an EMA takes its place
     train_log_every: int = setting(500, 1)
     val_loss_every: int = setting(0, 0)  # 0 = not during training
     checkpoint_every: int = setting(0, 0)  # steps, and at a signal; LOG_DIR/RUN_ID.<rank>.checkpoint; 0 = none
@@ -159,6 +166,7 @@ class Config:
     muon_momentum_warmup_start: float = setting(0.92, 0.0, 1.0)
     muon_momentum_warmup_steps: int = setting(1500, 0)
     muon_backend_steps: int = setting(5, 1, 20)  # Newton-Schulz iterations
+    polar_express: bool = setting(False)  # their coefficients by Polar Express, one triple an iteration
     muon_row_norm: bool = setting(True)  # of what is orthogonalized (MuonEq-R, PR #1394)
     muon_wd: float = setting(0.04, 0.0)
     adam_wd: float = setting(0.04, 0.0)
@@ -246,6 +254,9 @@ class Config:
         yield "num_kv_heads", c.num_heads % c.kv_heads == 0, f"a divisor of NUM_HEADS={c.num_heads}"
         yield "rope_dims", c.rope_dims in range(0, head_dim + 1, 2), f"an even number up to the head's {head_dim}"
         yield "ve_layers", set(c.ve_layers) <= set(range(c.num_layers)), f"layers below NUM_LAYERS={c.num_layers}"
+        last = c.num_layers - 1
+        yield "loop_end", not c.num_loops or c.loop_start <= c.loop_end <= last, f"{c.loop_start} to {last}, layers"
+        yield "gate_window", c.gate_window <= c.model_dim, f"at most MODEL_DIM={c.model_dim}"
         yield "bigram_vocab_size", c.bigram_vocab_size != 1, "0 (none), or 2 or more"
         yield "train_batch_tokens", c.batch_seqs > 0, f"at least TRAIN_SEQ_LEN={c.train_seq_len}"
         yield "eval_stride", c.eval_stride <= c.eval_seq_len, f"at most EVAL_SEQ_LEN={c.eval_seq_len}"
@@ -290,7 +301,8 @@ class Config:
 
 def refuse_unknown(env: dict[str, str], known: list[str]) -> None:
     """Raise InputError for a variable that looks like a setting and is none, or that the field's other scripts read."""
-    general = {"RUN", "LOG", "DATA", "NUM", "MAX", "MODEL", "TORCH", "TOKENIZER", "TRAIN", "EVAL", "DIST", "DEVICE"}
+    general = {"RUN", "LOG", "DATA", "NUM", "MAX", "MIN", "MODEL", "TORCH", "TOKENIZER", "TRAIN", "EVAL", "DIST"}
+    general |= {"DEVICE", "ENABLE", "SKIP"}
     families = {name.partition("_")[0] for name in known if "_" in name} - general  # whose names others use too
     others = " ".join(path.read_text() for path in CONFIGS.glob("*.txt")).split()
     for name in sorted(env.keys() - set(known)):
@@ -1004,7 +1016,8 @@ class Attention(nn.Module):
         # ResFormer (arXiv 2410.17897): later layers attend to a mix of their own values and the first layer's.
         self.value_mix = parameter("scalar", init=torch.tensor([0.5, 0.5])) if c.value_residual and layer else None
         self.exclusive = layer >= c.num_layers - c.xsa_last_n
-        self.past: tuple[Tensor, ...] | None = None  # earlier keys, not rotated, and values; `forward` appends to it
+        self.gate = parameter("scalar", c.num_heads, c.gate_window) if c.gate_window else None  # PR #1787
+        self.past: deque = deque()  # of each pass, earlier keys, not rotated, and values; `forward` appends to them
 
     def forward(self, x: Tensor, rotary: Tensor, v_first: Tensor | None, v_extra: Tensor | None, bounds: Tensor | None):
         """Return (y [B, T, C], v [B, T, KV, D] of this layer before any mixing) for x [B, T, C]."""
@@ -1016,11 +1029,14 @@ class Attention(nn.Module):
             mix = self.value_mix.to(v.dtype)
             v = mix[0] * v_first + mix[1] * v
         q, k, own = rms_norm(q), rms_norm(k), v
-        if self.past is not None:
-            self.past = k, v = tuple(torch.cat(x, dim=1) for x in zip(self.past, (k, v), strict=True))
+        if self.past:
+            k, v = (torch.cat(pair, dim=1) for pair in zip(self.past.popleft(), (k, v), strict=True))
+            self.past.append((k, v))
         q, k = (rotate(x, *rotary[:, k.shape[1] - n : k.shape[1]]) for x, n in ((q, seq_len), (k, k.shape[1])))
         y = attention(q * self.q_gain.to(q.dtype)[:, None], k, v, self.backend, bounds)
         y = remove_own_value(y, own) if self.exclusive else y
+        if self.gate is not None:
+            y = y * torch.sigmoid(0.5 * x[..., : self.gate.shape[1]] @ self.gate.mT.to(x.dtype)).unsqueeze(-1)
         return self.out(y.reshape(batch, seq_len, -1)), v_own
 
 
@@ -1063,9 +1079,13 @@ class GPT(nn.Module):
             self.value_proj = Linear(c.ve_dim, kv_dim, role="projection", init="zeros")
             self.value_scale = parameter("scalar", init=torch.full((len(c.ve_layers),), 0.1))
         self.blocks = nn.ModuleList(Block(c, layer, kernels) for layer in range(c.num_layers))
-        # U-Net: the second half of the layers takes back what the first half put out, latest first.
-        self.encoder_layers = c.num_layers // 2 if c.unet_skips else 0
-        self.skip_scale = parameter("scalar", init=torch.ones(self.encoder_layers, c.model_dim))
+        layers, end = tuple(range(c.num_layers)), c.loop_end + 1
+        self.orders = layers, layers[:end] + layers[c.loop_start : end] * c.num_loops + layers[end:]
+        self.order = self.orders[1]  # of the layers; training begins with the other (PR #1394)
+        # U-Net: the second half of the order takes back what the first half put out, latest first.
+        n_skips, self.unet = len(self.order) // 2 * c.unet_skips, c.unet_skips
+        self.skip_scale = parameter("scalar", init=torch.ones(n_skips, c.model_dim))
+        self.skip_gate = parameter("scalar", n_skips, c.model_dim) if c.skip_gates_enabled else None
         self.head = None if c.tie_embeddings else Linear(c.model_dim, c.vocab_size, role="table", init="zeros")
         frequency = c.rope_base ** -(torch.arange(c.rope_dims // 2).float() / max(1, c.rope_dims // 2))
         angle = torch.outer(torch.arange(max(c.train_seq_len, c.eval_seq_len)).float(), frequency)
@@ -1098,12 +1118,15 @@ class GPT(nn.Module):
         if self.ve_layers:
             value = self.value_proj(self.value_emb(tokens[:, first:]).to(x.dtype))
             v_extra = {n: s.to(x.dtype) * value for n, s in zip(self.ve_layers, self.value_scale, strict=True)}
-        for layer, block in enumerate(self.blocks):
-            if layer >= self.encoder_layers and skips:
-                x = x + self.skip_scale[layer - self.encoder_layers].to(x.dtype) * skips.pop()
-            x, v = block(x, x0, self.rotary, v_first, v_extra.get(layer), bounds)
+        n_skips = len(self.order) // 2 * self.unet
+        for position, layer in enumerate(self.order):
+            if position >= n_skips and skips:
+                i = position - n_skips
+                skip, gate = self.skip_scale[i].to(x.dtype) * skips.pop(), self.skip_gate
+                x = x + skip if gate is None else torch.lerp(skip, x, torch.sigmoid(gate[i]).to(x.dtype))
+            x, v = self.blocks[layer](x, x0, self.rotary, v_first, v_extra.get(layer), bounds)
             v_first = v if v_first is None else v_first
-            if layer < self.encoder_layers:
+            if position < n_skips:
                 skips.append(x)
         x = rms_norm(x)[:, -keep:]  # all positions where keep is 0
         logits = F.linear(x, self.tok_emb.weight.to(x.dtype)) if self.head is None else self.head(x)
@@ -1144,13 +1167,19 @@ def weights_replaced(params: list[nn.Parameter], replacements: list[Tensor]):
 # Muon on the blocks' matrices, AdamW on the rest, and the running averages of the weights.
 
 
-def zeropower(bank: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+# x <- a x + (b x x^T + c (x x^T)^2) x, with one triple for all iterations (Keller Jordan, Muon, 2024) or one for each,
+# the last going on (Polar Express, arXiv 2505.16932, PR #1787).
+JORDAN = ((3.4445, -4.7750, 2.0315),)
+POLAR = (8.15655, -22.48329, 15.87877), (4.04293, -2.80892, 0.50002), (3.89167, -2.77248, 0.50606)
+POLAR += (3.28575, -2.36813, 0.46449), (2.34654, -1.70978, 0.42324)
+
+
+def zeropower(bank: Tensor, steps: int, dtype: torch.dtype, triples=JORDAN) -> Tensor:
     """Return roughly the nearest semi-orthogonal matrices of [n, rows, cols], in `dtype`: singular values near 1."""
-    a, b, c = 3.4445, -4.7750, 2.0315  # x <- a x + (b x x^T + c (x x^T)^2) x (Keller Jordan, Muon, 2024)
     x = (bank.mT if (tall := bank.shape[-2] > bank.shape[-1]) else bank).to(dtype)
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
+    for i in range(steps):
+        (a, b, c), gram = triples[min(i, len(triples) - 1)], x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
 
@@ -1188,7 +1217,9 @@ class Muon(torch.optim.Optimizer):
             state["momentum_shard"] = buffer = momentum * state.get("momentum_shard", 0.0) + shard
             update = shard.add(buffer, alpha=momentum)  # Nesterov's
             update = F.normalize(update, dim=-1) if self.c.muon_row_norm else update
-            self.gathered.append(self.dist.all_gather(zeropower(update, self.c.muon_backend_steps, self.dtype)))
+            triples = POLAR if self.c.polar_express else JORDAN
+            update = zeropower(update, self.c.muon_backend_steps, self.dtype, triples)
+            self.gathered.append(self.dist.all_gather(update))
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -1267,7 +1298,8 @@ class WeightAverages:
 # ==================== Training ========================================================================================
 # The schedule, the loss with its three additions (complementary weights, CROWN-Q, late QAT), and the loop.
 
-Schedule = namedtuple("Schedule", "lr_scale muon_momentum swa crown_q late_qat", defaults=(False,) * 3)  # of one step
+# Of one step.
+Schedule = namedtuple("Schedule", "lr_scale muon_momentum swa crown_q late_qat looped", defaults=(False,) * 4)
 
 
 def schedule(step: int, total: int, c: Config) -> Schedule:
@@ -1280,7 +1312,8 @@ def schedule(step: int, total: int, c: Config) -> Schedule:
     reached = min(1.0, step / momentum_warmup) if momentum_warmup else 1.0
     momentum = c.muon_momentum_warmup_start + reached * (c.muon_momentum - c.muon_momentum_warmup_start)
     swa, crown_q = falling < c.swa_start_scale, c.crown_q_lambda > 0 and falling < 1.0
-    return Schedule(rising * falling, momentum, swa, crown_q, late_qat=falling < c.late_qat_threshold)
+    late_qat, looped = falling < c.late_qat_threshold, c.num_loops > 0 and step >= c.enable_looping_at * total
+    return Schedule(rising * max(falling, c.min_lr), momentum, swa, crown_q, late_qat, looped)
 
 
 def complement_weights(loader: TrainLoader, c: Config) -> Tensor | None:
@@ -1335,6 +1368,7 @@ def warm_up(model: GPT, called, c: Config, dist: Dist) -> None:
     generator, mine = torch.Generator().manual_seed(c.seed), dist.share(c.batch_seqs)
     with weights_replaced(params, params):  # by themselves, to have them restored
         for step in range(c.warmup_steps):
+            model.order = model.orders[step % 2]
             shape = (mine.stop - mine.start, c.train_seq_len + 1)
             batch = torch.randint(c.vocab_size, shape, generator=generator).to(dist.device)
             accumulate_gradients(called, batch, None, c)
@@ -1360,9 +1394,10 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
         handle_signals(lambda number, _: waiting.append(number))
     while step < total:
         now = schedule(step, total, c)
-        for part in ("swa", "crown_q"):
+        for part in ("swa", "crown_q", "looped"):
             if getattr(now, part) and not getattr(was, part):
                 log.info(f"{part}:start step:{step}")
+        model.order = model.orders[now.looped]
         if now.late_qat and not was.late_qat:  # rounds as the export would at this point
             log2_step = fit_entropy(model, {}, artifact_budget(model, c), c)
             log.info(f"late_qat:enabled step:{step} scale:{now.lr_scale:.4f} log2_step:{log2_step:.4f}")
@@ -1400,7 +1435,7 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
         handle_signals(interrupt)
     if waiting:  # since the last look
         interrupt(waiting[0], None)
-    elapsed = clock.seconds()
+    elapsed, model.order = clock.seconds(), model.orders[1]
     if step < c.iterations:
         log.info(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{step}/{c.iterations}")
     record = dict(steps=step, tokens=step * c.batch_tokens, skipped_steps=int(optimizers.skipped))
@@ -1751,8 +1786,9 @@ def with_artifact(c: Config, header: dict, env: dict[str, str]) -> Config:
     fields = [(f, mark) for f in dataclasses.fields(c) for mark in ("shape", "score") if f.metadata[mark]]
     asked = {name for name in c.marked("score") if name.upper() in env}
     with refusing(f"ARTIFACT_PATH={c.artifact_path}: its settings are not this script's"):
-        header = dict(header, score=Config().marked("score") | header["score"])  # it may be older than a setting
-        kept = {f.name: parse(f, show(header[mark][f.name])) for f, mark in fields}
+        # The artifact may be older than a setting.
+        stated = {mark: Config().marked(mark) | header[mark] for mark in ("shape", "score")}
+        kept = {f.name: parse(f, show(stated[mark][f.name])) for f, mark in fields}
         loaded = dataclasses.replace(c, **{name: value for name, value in kept.items() if name not in asked})
     for name, value in c.marked("shape").items():
         if name.upper() in env and value != kept[name]:
@@ -2407,7 +2443,7 @@ class LoRA(TTT):
     A document is scored in pieces of TTT_LORA_TOKENS. When its next piece begins, the last one's tokens are inputs, and
     the adapters take a step of Adam on it. Keys and values stay as their piece made them (arXiv 1901.02860): a token is
     read once. With a frozen base, rows depend on their document alone. The state [D, 3, P] of D documents holds their
-    adapters and Adam's two moments; the past [layers, 2, D, S, KV, head] holds their keys and values.
+    adapters and Adam's two moments; the past [passes, 2, D, S, KV, head] holds their keys and values.
     """
 
     MAPS = "q", "v", "out", "down"
@@ -2415,7 +2451,8 @@ class LoRA(TTT):
     def __init__(self, model: GPT, c: Config, dist: Dist, tokenizer: Tokenizer, deadline: Deadline | None = None):
         super().__init__(model, c, dist, tokenizer, deadline)
         self.maps = [m for name, m in self.average.named_modules() if name.rpartition(".")[2] in self.MAPS]
-        self.attns, generator, parts = [x.attn for x in self.average.blocks], torch.Generator().manual_seed(c.seed), []
+        self.attns = [self.average.blocks[layer].attn for layer in self.average.order]  # one for each pass
+        generator, parts = torch.Generator().manual_seed(c.seed), []
         for n_out, n_in in (m.weight.shape for m in self.maps):  # the second map is zero: adapters begin as no change
             parts.append(torch.empty(c.ttt_lora_rank, n_in).uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator))
             parts.append(torch.zeros(n_out, c.ttt_lora_rank))
@@ -2433,10 +2470,11 @@ class LoRA(TTT):
         for m, *adapter in zip(self.maps, parts[::2], parts[1::2], strict=True):
             m.adapter = adapter
         for attn, keys_values in zip(self.attns, past, strict=True):
-            attn.past = tuple(keys_values)
-        logits, grown = self.average(tokens, mask=mask), torch.stack([torch.stack(x.past) for x in self.attns])
-        for module in (*self.maps, *self.attns):
-            module.adapter = module.past = None
+            attn.past.append(tuple(keys_values))
+        logits = self.average(tokens, mask=mask)
+        grown = torch.stack([torch.stack(attn.past.popleft()) for attn in self.attns])
+        for m in self.maps:
+            m.adapter = None
         return logits, grown[:, :, :, self.stride :].detach()
 
     @torch.no_grad()

@@ -20,7 +20,7 @@ from train_gpt import CONFIGS, GPT, MIXERS, BiasNet, Config, Dist, InputError, T
 FIELDS = dataclasses.fields(Config)
 NAMES = [f.name.upper() for f in FIELDS]
 SHAPE = [f.name for f in FIELDS if f.metadata["shape"]]
-SIZES, SYSTEMS = ("smoke", "cpu"), ("best", "pr700", "pr825", "pr1033")
+SIZES, SYSTEMS = ("smoke", "cpu"), ("best", "frontier", "pr700", "pr825", "pr1033")
 
 
 def refusal(env):
@@ -114,7 +114,8 @@ def test_a_near_miss_is_told_the_right_name(name, meant):
 
 
 # Names that other programs use too. A setting of such a family is caught if it is nearly one of ours, and only then.
-GENERAL = {"RUN", "LOG", "DATA", "NUM", "MAX", "MODEL", "TORCH", "TOKENIZER", "TRAIN", "EVAL", "DIST"}
+GENERAL = {"RUN", "LOG", "DATA", "NUM", "MAX", "MIN", "MODEL", "TORCH", "TOKENIZER", "TRAIN", "EVAL", "DIST"}
+GENERAL |= {"ENABLE", "SKIP"}
 FAMILIES = sorted({name.partition("_")[0] for name in NAMES if "_" in name} - GENERAL)
 
 
@@ -142,7 +143,7 @@ def test_a_familys_name_alone_or_in_small_letters_is_not_taken_for_a_setting(fam
     [
         *("EMA_ENABLED", "TTT_FOO", "TTT_ENABLED", "SWA_ENABLED", "XSA_ON", "MUON_BETA2", "LATE_QAT"),
         *("LATE_QAT_ENABLED", "CROWN_Q", "MATRIX_CLIP_SIGMAS", "EMBED_CLIP_SIGMAS", "HEAD_LR", "LN_SCALE"),
-        *("QAT_ENABLED", "NGRAM_BUCKETS", "BACKOFF_CENTER", "HEDGE_LR", "NUM_LOOPS", "MIN_LR", "WEIGHT_DECAY"),
+        *("QAT_ENABLED", "NGRAM_BUCKETS", "BACKOFF_CENTER", "HEDGE_LR", "LOOP_MLPS", "GATE_WIDTH", "WEIGHT_DECAY"),
     ],
 )
 def test_an_unknown_name_of_a_published_script_is_refused_and_not_ignored(name):
@@ -469,6 +470,11 @@ OTHER_SHAPE = dict(
     rope_base=100.0,
     layer_scale=False,
     unet_skips=False,
+    skip_gates_enabled=True,
+    gate_window=4,
+    num_loops=1,
+    loop_start=1,
+    loop_end=0,
     logit_softcap=1.0,
     tie_embeddings=False,
 )
@@ -510,7 +516,8 @@ def test_each_setting_of_the_coding_changes_the_file_and_not_the_model(name, tin
 
 @pytest.mark.parametrize("name", OTHER_SHAPE)
 def test_each_shape_setting_changes_the_model(name, tiny_config):
-    c, other = tiny_config(), tiny_config(**{name: OTHER_SHAPE[name]})
+    looped = dict(num_loops=2, loop_start=0, loop_end=1)
+    c, other = tiny_config(**looped), tiny_config(**looped | {name: OTHER_SHAPE[name]})
     before, after = logits_of(c), logits_of(other)
     assert before.shape != after.shape or not torch.allclose(before, after, atol=1e-4)
 

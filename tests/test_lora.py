@@ -73,11 +73,11 @@ def plain_rows(world, lr):
             n = min(low - begin, c.eval_seq_len - 8)
             for layer, block in enumerate(changed.blocks):
                 empty = torch.zeros(1, 0, c.kv_heads, c.model_dim // c.num_heads)
-                block.attn.past = tuple(x.detach()[:, -n:] for x in past[layer]) if n else (empty, empty)
+                block.attn.past.append(tuple(x.detach()[:, -n:] for x in past[layer]) if n else (empty, empty))
             before = torch.nn.functional.pad(tokens, (2, 0))[low : low + 2]
             mask = torch.ones(high - low, n + high - low, dtype=torch.bool).tril(n)
             logits = changed(torch.cat([before, tokens[low:high]])[None], mask=mask[None, None])[0]
-            past = [block.attn.past for block in changed.blocks]
+            past = [block.attn.past.popleft() for block in changed.blocks]
             found.append(logits.detach().double().log_softmax(-1).float())
             if low + 8 < end:
                 adam.zero_grad()
@@ -118,6 +118,17 @@ def test_adapters_stay_as_they_are_once_the_time_for_adapting_is_over(world):
     live, replay = (rows_of(lora(world, deadline=x), tokens) for x in (Late(Dist()), Deadline(Dist(), stop_after=1)))
     assert torch.equal(live, replay) and torch.equal(live[: 2 * CHUNK], free[: 2 * CHUNK])
     assert (live[2 * CHUNK :] - free[2 * CHUNK :]).abs().max() > 0.05
+
+
+def test_looped_layers_keep_the_past_of_each_pass(tiny_config, world):
+    c = dataclasses.replace(
+        world[0], num_layers=3, num_loops=1, loop_start=1, loop_end=1, ve_layers=(2,), ttt_lora_lr=0.0
+    )
+    tokens, model = world[2], build(c)
+    found = rows_of(lora((c, model, tokens)), tokens)
+    sliding = rows_of(SlidingWindow("ttt", model, c, Dist(), 8), tokens)
+    for begin, end in ((0, 30), (30, 31), (31, 32), (32, 64), (90, 122)):  # documents, as far as a window holds them
+        torch.testing.assert_close(found[begin:end], sliding[begin:end], atol=1e-4, rtol=1e-4)
 
 
 def test_documents_side_by_side_have_the_rows_that_each_has_alone(world):

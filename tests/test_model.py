@@ -69,11 +69,15 @@ def plain_logits(model, c, tokens):
     x = p["tok_emb.weight"][tokens] + p["bigram.scale"] * p["bigram.emb.weight"][rows] @ p["bigram.proj.weight"].T
     gates = p["smear.scale"] * torch.sigmoid(x[:, :12] @ p["smear.gate"])
     x = norm(torch.stack([x[t] if alone[t] else x[t] + gates[t] * x[t - 1] for t in range(n)]))
-    x0, first_value, kept, half_depth = x, None, [], c.num_layers // 2
-    for layer in range(c.num_layers):
+    looped, order = [*range(c.loop_start, c.loop_end + 1)], [*range(c.num_layers)]
+    order[c.loop_end + 1 : c.loop_end + 1] = looped * c.num_loops
+    x0, first_value, kept, half_depth = x, None, [], len(order) // 2
+    for position, layer in enumerate(order):
         w = {name.partition(f"blocks.{layer}.")[2]: value for name, value in p.items()}
-        if layer >= half_depth and kept:
-            x = x + p["skip_scale"][layer - half_depth] * kept.pop()
+        if position >= half_depth and kept:
+            skip = p["skip_scale"][position - half_depth] * kept.pop()
+            gate = torch.sigmoid(p["skip_gate"][position - half_depth]) if c.skip_gates_enabled else 1
+            x = gate * x + (1 - gate if c.skip_gates_enabled else 1) * skip
         x = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
         h = norm(x) / (layer + 1) ** 0.5
         q, k, v = ((h @ w[f"attn.{name}.weight"].T).view(n, -1, hd) for name in "qkv")
@@ -91,16 +95,25 @@ def plain_logits(model, c, tokens):
                 own_value = v[:, head * c.kv_heads // c.num_heads]
                 along = (y[:, head] * own_value).sum(-1) / own_value.square().sum(-1)
                 y[:, head] -= along[:, None] * own_value
+        if c.gate_window:
+            y = y * torch.sigmoid(0.5 * h[:, : c.gate_window] @ w["attn.gate"].T)[:, :, None]
         x = x + w["attn_scale"] * (y.reshape(n, -1) @ w["attn.out.weight"].T)
         up = norm(x) / (layer + 1) ** 0.5 @ w["up.weight"].T
         x = x + w["mlp_scale"] * (torch.where(up > 0, up, c.leaky_slope * up).square() @ w["down.weight"].T)
-        if layer < half_depth:
+        if position < half_depth:
             kept.append(x)
     logits = norm(x) @ p["tok_emb.weight"].T
     return c.logit_softcap * torch.tanh(logits / c.logit_softcap)
 
 
-@pytest.mark.parametrize("sizes", [{}, dict(num_layers=5, num_kv_heads=0, ve_layers=(1, 3), xsa_last_n=5)])
+SIZES = [
+    {},
+    dict(num_layers=5, num_kv_heads=0, ve_layers=(1, 3), xsa_last_n=5),
+    dict(num_layers=5, ve_layers=(2,), loop_start=1, loop_end=2, num_loops=2, skip_gates_enabled=True, gate_window=4),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
 def test_forward_equals_its_formulas(tiny_config, sizes):
     c = tiny_config(**sizes)
     model, tokens = build(c), random_tokens(c, 1, 12)
@@ -309,12 +322,12 @@ def test_pieces_that_look_at_their_past_have_the_rows_of_the_whole(tiny_config):
     tokens, model, found = random_tokens(c, batch=2, seq_len=24), build(c), []
     tokens[:, 0] = c.bos_id  # what stands before it counts for nothing
     for block in model.blocks:
-        block.attn.past = tuple(torch.zeros(2, 2, 0, c.kv_heads, c.model_dim // c.num_heads))
+        block.attn.past.append(tuple(torch.zeros(2, 2, 0, c.kv_heads, c.model_dim // c.num_heads)))
     for low, high in ((0, 1), (1, 9), (9, 24)):
         mask = torch.ones(high - low, high, dtype=torch.bool).tril(low)[None, None]
         found.append(model(F.pad(tokens, (2, 0))[:, low : high + 2], mask=mask))
     for block in model.blocks:
-        block.attn.past = None
+        block.attn.past.clear()
     torch.testing.assert_close(torch.cat(found, dim=1), model(tokens), atol=1e-4, rtol=1e-4)
 
 

@@ -29,6 +29,14 @@ def test_zeropower_keeps_the_singular_vectors_and_brings_values_near_one(shape):
     assert off.abs().max() < 0.1
 
 
+def test_polar_express_brings_values_nearer_to_one_in_as_many_iterations():
+    bank = torch.randn(3, 24, 40, generator=torch.Generator().manual_seed(0))
+    values = {name: torch.linalg.svdvals(zeropower(bank, 5, torch.float32, getattr(train_gpt, name)))
+              for name in ("JORDAN", "POLAR")}  # fmt: skip
+    error = {name: (x - 1).abs().max() for name, x in values.items()}
+    assert error["POLAR"] < 0.15 and error["JORDAN"] > 0.25
+
+
 def test_zeropower_of_a_bank_is_that_of_each_matrix():
     bank = torch.randn(4, 12, 20)
     together = zeropower(bank, 5, torch.float32)

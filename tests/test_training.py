@@ -41,6 +41,19 @@ def test_schedule_rises_holds_and_falls_to_nothing():
     assert scales[-1] == pytest.approx(1 / 400)
 
 
+def test_a_floor_holds_the_rates_and_moves_nothing_else():
+    floored = dataclasses.replace(STEPS, min_lr=0.25)
+    for step in range(1000):
+        free, held = schedule(step, 1000, STEPS), schedule(step, 1000, floored)
+        assert held == free._replace(lr_scale=max(free.lr_scale, 0.25) if step > 9 else free.lr_scale)
+
+
+def test_layers_are_looped_from_their_part_of_the_run_on():
+    looping = dataclasses.replace(STEPS, num_loops=1, enable_looping_at=0.35)
+    assert [schedule(step, 1000, looping).looped for step in range(1000)] == [step >= 350 for step in range(1000)]
+    assert not any(schedule(step, 1000, STEPS).looped for step in range(1000))
+
+
 def test_each_part_of_the_warmdown_begins_where_its_setting_says():
     phases = [schedule(step, 1000, STEPS) for step in range(1000)]
     assert [p.crown_q for p in phases] == [step > 600 for step in range(1000)]

@@ -48,11 +48,14 @@ def model_flops(model: train_gpt.GPT, c: Config) -> float:
     """Return the FLOPs of a forward and backward pass, per token of a training sequence.
 
     Two for each weight of a linear map and twice that backward; a table that is looked up has none, unless it is also
-    the head. A token attends to (T + 1) / 2 positions on average, in two products.
+    the head. A token attends to (T + 1) / 2 positions on average, in two products. A looped layer counts once a pass.
     """
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, train_gpt.Linear))
+    parts = [module for name, module in model.named_children() if name != "blocks"]
+    parts += [model.blocks[layer] for layer in model.order]
+    linears = [x for part in parts for x in part.modules() if isinstance(x, train_gpt.Linear)]
+    weights = sum(linear.weight.numel() for linear in linears)
     weights += model.tok_emb.weight.numel() if c.tie_embeddings else 0
-    attention = 2 * 2 * (c.train_seq_len + 1) / 2 * c.model_dim * c.num_layers  # MODEL_DIM is heads times head_dim
+    attention = 2 * 2 * (c.train_seq_len + 1) / 2 * c.model_dim * len(model.order)  # MODEL_DIM is heads times head_dim
     return 3 * (2 * weights + attention)
 
 
