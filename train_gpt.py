@@ -127,12 +127,12 @@ class Config:
     rope_base: float = setting(10000.0, 1.0, shape=True)
     layer_scale: bool = setting(True, shape=True)  # 1 / sqrt(layer + 1) on the input of every sublayer
     unet_skips: bool = setting(True, shape=True)
-    skip_gates_enabled: bool = setting(False, shape=True)  # a skip takes the stream's place by a learned part
+    skip_gates_enabled: bool = setting(False, shape=True)  # a learned blend of stream and skip, not their sum
     gate_window: int = setting(0, 0, shape=True)  # channels from which a gate a head is read; 0 = none
     num_loops: int = setting(0, 0, 16, shape=True)  # further passes through layers LOOP_START to LOOP_END
     loop_start: int = setting(3, 0, shape=True)
     loop_end: int = setting(5, 0, shape=True)
-    enable_looping_at: float = setting(0.35, 0.0, 1.0)  # part of the training steps
+    enable_looping_at: float = setting(0.35, 0.0, 1.0)  # part of the steps, or of the time where the clock ends the run
     qk_gain_init: float = setting(1.5, 0.0)
     logit_softcap: float = setting(30.0, 0.0, shape=True)  # 0 = none
     doc_isolated: bool = setting(False, score=True)  # no attention across a BOS; scoring's windows begin at it
@@ -148,7 +148,7 @@ class Config:
     # Where the clock ends the run before ITERATIONS, these and MUON_MOMENTUM_WARMUP_STEPS shrink (see schedule).
     lr_warmup_iters: int = setting(20, 0)
     warmdown_iters: int = setting(3500, 0)
-    min_lr: float = setting(0.0, 0.0, 1.0)  # part of the rates that the warmdown leaves; an EMA takes its place
+    min_lr: float = setting(0.0, 0.0, 1.0)  # the part of the rates that is left at the end; an EMA does the rest
     train_log_every: int = setting(500, 1)
     val_loss_every: int = setting(0, 0)  # 0 = not during training
     checkpoint_every: int = setting(0, 0)  # steps, and at a signal; LOG_DIR/RUN_ID.<rank>.checkpoint; 0 = none
@@ -254,8 +254,8 @@ class Config:
         yield "num_kv_heads", c.num_heads % c.kv_heads == 0, f"a divisor of NUM_HEADS={c.num_heads}"
         yield "rope_dims", c.rope_dims in range(0, head_dim + 1, 2), f"an even number up to the head's {head_dim}"
         yield "ve_layers", set(c.ve_layers) <= set(range(c.num_layers)), f"layers below NUM_LAYERS={c.num_layers}"
-        last = c.num_layers - 1
-        yield "loop_end", not c.num_loops or c.loop_start <= c.loop_end <= last, f"{c.loop_start} to {last}, layers"
+        inside = not c.num_loops or c.loop_start <= c.loop_end < c.num_layers
+        yield "loop_end", inside, f"a layer below NUM_LAYERS={c.num_layers} and not before LOOP_START={c.loop_start}"
         yield "gate_window", c.gate_window <= c.model_dim, f"at most MODEL_DIM={c.model_dim}"
         yield "bigram_vocab_size", c.bigram_vocab_size != 1, "0 (none), or 2 or more"
         yield "train_batch_tokens", c.batch_seqs > 0, f"at least TRAIN_SEQ_LEN={c.train_seq_len}"
@@ -535,7 +535,7 @@ class Clock:
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER_INTS = 20240520, 1, 256
 SHARD_NAME = re.compile(r".+_(train|val)_(\d+)\.bin")
-CASE_MARKS = {"\ue101": 0, "\ue102": 0, "\ue103": 2}  # of data/caseops.py, and the bytes of the text that each adds
+CASE_MARKS = {"\ue101": 0, "\ue102": 0, "\ue103": 2}  # title, upper, literal of data/caseops.py: bytes that each adds
 # Of a stream: tokens [n + 1] from position `start` on; inputs are all but the last of them, targets all but the first.
 Chunk = namedtuple("Chunk", "start tokens inputs targets is_last")
 
@@ -893,7 +893,8 @@ def choose_attention(qkv: list[Tensor], c: Config) -> str:
     forms = ((b, dict(backend=b, bounds=bounds[b])) for b in tries)
     backend = next((b for b, form in forms if agrees(f"ATTENTION={b}", plain, form, qkv, c)), "math")
     if backend == "math" and device.type == "cuda" and c.phase != "eval":
-        needed = 6 * c.num_layers * c.num_heads * c.micro_batch_tokens * c.train_seq_len  # six bytes an attention logit
+        passes = c.num_layers + c.num_loops * (c.loop_end - c.loop_start + 1)
+        needed = 6 * passes * c.num_heads * c.micro_batch_tokens * c.train_seq_len  # six bytes an attention logit
         if needed > (memory := torch.cuda.get_device_properties(device).total_memory):
             asked = f"ATTENTION=math needs {needed >> 30} GiB at MICRO_BATCH_TOKENS={c.micro_batch_tokens}"
             raise InputError(f"{asked}; allowed are {memory >> 30} GiB, or another form that works here")
@@ -1017,7 +1018,7 @@ class Attention(nn.Module):
         self.value_mix = parameter("scalar", init=torch.tensor([0.5, 0.5])) if c.value_residual and layer else None
         self.exclusive = layer >= c.num_layers - c.xsa_last_n
         self.gate = parameter("scalar", c.num_heads, c.gate_window) if c.gate_window else None  # PR #1787
-        self.past: deque = deque()  # of each pass, earlier keys, not rotated, and values; `forward` appends to them
+        self.past: deque = deque()  # by pass, earlier keys, not rotated, and values: taken out, put back longer
 
     def forward(self, x: Tensor, rotary: Tensor, v_first: Tensor | None, v_extra: Tensor | None, bounds: Tensor | None):
         """Return (y [B, T, C], v [B, T, KV, D] of this layer before any mixing) for x [B, T, C]."""
@@ -1080,10 +1081,10 @@ class GPT(nn.Module):
             self.value_scale = parameter("scalar", init=torch.full((len(c.ve_layers),), 0.1))
         self.blocks = nn.ModuleList(Block(c, layer, kernels) for layer in range(c.num_layers))
         layers, end = tuple(range(c.num_layers)), c.loop_end + 1
-        self.orders = layers, layers[:end] + layers[c.loop_start : end] * c.num_loops + layers[end:]
-        self.order = self.orders[1]  # of the layers; training begins with the other (PR #1394)
-        # U-Net: the second half of the order takes back what the first half put out, latest first.
-        n_skips, self.unet = len(self.order) // 2 * c.unet_skips, c.unet_skips
+        self.plain, self.looped = layers, layers[:end] + layers[c.loop_start : end] * c.num_loops + layers[end:]
+        self.passes = self.looped  # the layers in their order; training begins with the plain one (PR #1394)
+        # U-Net: the second half of the passes takes back what the first half put out, latest first.
+        n_skips = len(self.looped) // 2 if c.unet_skips else 0
         self.skip_scale = parameter("scalar", init=torch.ones(n_skips, c.model_dim))
         self.skip_gate = parameter("scalar", n_skips, c.model_dim) if c.skip_gates_enabled else None
         self.head = None if c.tie_embeddings else Linear(c.model_dim, c.vocab_size, role="table", init="zeros")
@@ -1118,10 +1119,10 @@ class GPT(nn.Module):
         if self.ve_layers:
             value = self.value_proj(self.value_emb(tokens[:, first:]).to(x.dtype))
             v_extra = {n: s.to(x.dtype) * value for n, s in zip(self.ve_layers, self.value_scale, strict=True)}
-        n_skips = len(self.order) // 2 * self.unet
-        for position, layer in enumerate(self.order):
+        n_skips = min(len(self.skip_scale), len(self.passes) // 2)
+        for position, layer in enumerate(self.passes):
             if position >= n_skips and skips:
-                i = position - n_skips
+                i = position + len(self.skip_scale) - 2 * n_skips  # a pair of layers keeps its own when loops begin
                 skip, gate = self.skip_scale[i].to(x.dtype) * skips.pop(), self.skip_gate
                 x = x + skip if gate is None else torch.lerp(skip, x, torch.sigmoid(gate[i]).to(x.dtype))
             x, v = self.blocks[layer](x, x0, self.rotary, v_first, v_extra.get(layer), bounds)
@@ -1197,6 +1198,7 @@ class Muon(torch.optim.Optimizer):
         params = self.param_groups[0]["params"]
         shapes = sorted({p.shape for p in params}, key=lambda shape: (-shape.numel(), shape))
         self.banks = [[p for p in params if p.shape == shape] for shape in shapes]
+        self.triples = POLAR if c.polar_express else JORDAN
 
     @torch.no_grad()
     def reduce(self) -> list:
@@ -1217,8 +1219,7 @@ class Muon(torch.optim.Optimizer):
             state["momentum_shard"] = buffer = momentum * state.get("momentum_shard", 0.0) + shard
             update = shard.add(buffer, alpha=momentum)  # Nesterov's
             update = F.normalize(update, dim=-1) if self.c.muon_row_norm else update
-            triples = POLAR if self.c.polar_express else JORDAN
-            update = zeropower(update, self.c.muon_backend_steps, self.dtype, triples)
+            update = zeropower(update, self.c.muon_backend_steps, self.dtype, self.triples)
             self.gathered.append(self.dist.all_gather(update))
 
     @torch.no_grad()
@@ -1368,10 +1369,11 @@ def warm_up(model: GPT, called, c: Config, dist: Dist) -> None:
     generator, mine = torch.Generator().manual_seed(c.seed), dist.share(c.batch_seqs)
     with weights_replaced(params, params):  # by themselves, to have them restored
         for step in range(c.warmup_steps):
-            model.order = model.orders[step % 2]
             shape = (mine.stop - mine.start, c.train_seq_len + 1)
             batch = torch.randint(c.vocab_size, shape, generator=generator).to(dist.device)
-            accumulate_gradients(called, batch, None, c)
+            for passes in (model.plain, model.looped)[: 1 + c.num_loops]:
+                model.passes = passes
+                accumulate_gradients(called, batch, None, c)
             optimizers.step(Schedule(1.0, c.muon_momentum))
             log.info(f"warmup_step:{step + 1}/{c.warmup_steps}")
 
@@ -1397,7 +1399,7 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
         for part in ("swa", "crown_q", "looped"):
             if getattr(now, part) and not getattr(was, part):
                 log.info(f"{part}:start step:{step}")
-        model.order = model.orders[now.looped]
+        model.passes = model.looped if now.looped else model.plain
         if now.late_qat and not was.late_qat:  # rounds as the export would at this point
             log2_step = fit_entropy(model, {}, artifact_budget(model, c), c)
             log.info(f"late_qat:enabled step:{step} scale:{now.lr_scale:.4f} log2_step:{log2_step:.4f}")
@@ -1435,7 +1437,9 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
         handle_signals(interrupt)
     if waiting:  # since the last look
         interrupt(waiting[0], None)
-    elapsed, model.order = clock.seconds(), model.orders[1]
+    if c.num_loops and not was.looped:
+        log.info(f"looped:never, though scoring will loop: ENABLE_LOOPING_AT={c.enable_looping_at}")
+    elapsed, model.passes = clock.seconds(), model.looped
     if step < c.iterations:
         log.info(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{step}/{c.iterations}")
     record = dict(steps=step, tokens=step * c.batch_tokens, skipped_steps=int(optimizers.skipped))
@@ -2451,7 +2455,7 @@ class LoRA(TTT):
     def __init__(self, model: GPT, c: Config, dist: Dist, tokenizer: Tokenizer, deadline: Deadline | None = None):
         super().__init__(model, c, dist, tokenizer, deadline)
         self.maps = [m for name, m in self.average.named_modules() if name.rpartition(".")[2] in self.MAPS]
-        self.attns = [self.average.blocks[layer].attn for layer in self.average.order]  # one for each pass
+        self.attns = [self.average.blocks[layer].attn for layer in self.average.passes]  # one for each pass
         generator, parts = torch.Generator().manual_seed(c.seed), []
         for n_out, n_in in (m.weight.shape for m in self.maps):  # the second map is zero: adapters begin as no change
             parts.append(torch.empty(c.ttt_lora_rank, n_in).uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator))

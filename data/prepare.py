@@ -782,7 +782,7 @@ def build_parser() -> Parser:
     files.add_argument("--tokenizer-bytes", type=number(1), default=20_000_000, metavar="N",
                        help="of training text that the new tokenizer is trained on [%(default)s]")  # fmt: skip
     files.add_argument("--caseops", action="store_true",
-                       help="write with --train-tokenizer: capital letters as marks before small ones")  # fmt: skip
+                       help="with --train-tokenizer: write capital letters as marks before small ones")  # fmt: skip
     files.add_argument("--drop-shared", **dropping)
     files.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder")
     files.add_argument("--shard-tokens", type=number(1, MAX_SHARD_TOKENS), default=MAX_SHARD_TOKENS, metavar="N",

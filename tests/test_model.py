@@ -219,6 +219,18 @@ def test_each_switch_changes_the_function_and_every_parameter_gets_a_gradient(ti
         assert p.numel() == 0 or (p.grad is not None and p.grad.abs().sum() > 0), parameter
 
 
+def test_a_pair_of_layers_keeps_its_skip_when_loops_begin(tiny_config):
+    c = tiny_config(num_layers=5, num_loops=2, loop_start=1, loop_end=2, ve_layers=(4,))
+    model = build(c)
+    with torch.no_grad():
+        model.skip_scale.copy_(torch.arange(len(model.skip_scale)).unsqueeze(1))
+    plain = build(dataclasses.replace(c, num_loops=0))
+    plain.load_state_dict({**model.state_dict(), "skip_scale": model.skip_scale[-2:]})
+    model.passes = model.plain
+    tokens = random_tokens(c)
+    assert torch.equal(model(tokens), plain(tokens))  # layers 3 and 4 take back those of 1 and 0, as after the loops
+
+
 def test_skips_pair_the_latest_with_the_earliest(tiny_config):
     """With blocks that add nothing but their skip, layer 2 takes back layer 1's output and layer 3 layer 0's."""
     config = tiny_config(num_layers=4, ve_layers=(), xsa_last_n=0, value_residual=False)

@@ -515,12 +515,15 @@ def signalled(tiny_config, tmp_path, monkeypatch):
         signal.signal(number, handler)
 
 
-def test_a_signal_leaves_a_checkpoint_of_the_whole_step_that_it_meets(signalled, tmp_path):
-    whole = signalled()
+@pytest.mark.parametrize("loops", [{}, dict(num_loops=1, loop_start=0, loop_end=0, enable_looping_at=0.5)])
+def test_a_signal_leaves_a_checkpoint_of_the_whole_step_that_it_meets(signalled, tmp_path, loops, caplog):
+    caplog.set_level("INFO", "train_gpt")
+    whole = signalled(**loops)
+    assert ("looped:start step:6" in caplog.text) == bool(loops)
     with pytest.raises(KeyboardInterrupt) as stopped:
-        signalled(at=3, checkpoint_every=10**6)
+        signalled(at=3, checkpoint_every=10**6, **loops)
     assert stopped.value.args == (signal.SIGTERM,)
-    resumed = signalled(resume=str(tmp_path / "stopped"))
+    resumed = signalled(resume=str(tmp_path / "stopped"), **loops)
     assert torch.load(tmp_path / "stopped.0.checkpoint", weights_only=True)["position"][0] == 4
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 

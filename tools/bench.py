@@ -183,7 +183,7 @@ def bench_train(args, c: Config, dist: Dist) -> None:
         raise InputError(f"--profile={args.profile}: exists and would be overwritten; choose another name")
     last = args.warmup + args.steps
     total = last + (PROFILED_STEPS if args.profile else 0)
-    changes = dict(iterations=total, warmdown_iters=1000 * total * args.warmdown)
+    changes = dict(iterations=total, warmdown_iters=1000 * total * args.warmdown, enable_looping_at=0.0)
     c = dataclasses.replace(c, max_wallclock_seconds=0.0, val_loss_every=0, **changes)
     where = "at the end of the warmdown" if args.warmdown else "at the full rate"
     headline(f"{args.steps} steps of {c.batch_tokens} tokens {where}, after {args.warmup} untimed ones", c, dist)

@@ -51,11 +51,11 @@ def model_flops(model: train_gpt.GPT, c: Config) -> float:
     the head. A token attends to (T + 1) / 2 positions on average, in two products. A looped layer counts once a pass.
     """
     parts = [module for name, module in model.named_children() if name != "blocks"]
-    parts += [model.blocks[layer] for layer in model.order]
+    parts += [model.blocks[layer] for layer in model.passes]
     linears = [x for part in parts for x in part.modules() if isinstance(x, train_gpt.Linear)]
     weights = sum(linear.weight.numel() for linear in linears)
     weights += model.tok_emb.weight.numel() if c.tie_embeddings else 0
-    attention = 2 * 2 * (c.train_seq_len + 1) / 2 * c.model_dim * len(model.order)  # MODEL_DIM is heads times head_dim
+    attention = 2 * 2 * (c.train_seq_len + 1) / 2 * c.model_dim * len(model.passes)  # MODEL_DIM is heads times head_dim
     return 3 * (2 * weights + attention)
 
 
@@ -125,17 +125,20 @@ def estimate(c: Config, name: str, n_gpus: int, tokens: int, utilization: float)
     params, codes = model.parameters(), train_gpt.quantized_parameters(model).values()
     n_params, n_codes = (sum(p.numel() for p in found) for found in (params, codes))
     flops, rate = model_flops(model, c), n_gpus * utilization * gpu.tflops * 1e12
+    model.passes = model.plain
+    unlooped, part = model_flops(model, c), c.enable_looping_at if c.num_loops else 0.0
     yield "model", f"{n_params:,} parameters, {flops / 1e6:,.1f} MFLOP a token of training"
     yield "memory", margin(peak_bytes(c, n_gpus) / 2**30, gpu.memory, "GiB a rank", "of a step that is not compiled")
 
     step = c.batch_tokens * flops / rate
     budget = c.max_wallclock_seconds - c.reserve_seconds if c.max_wallclock_seconds else math.inf
-    steps = min(c.iterations, int(budget / step))
+    pace = (part * flops / unlooped + 1 - part) / step  # steps a second, some of the time without loops
+    steps = int(min(c.iterations, budget * pace))
     yield (
         "step",
         f"{1000 * step:.1f} ms at {utilization:.1%} of the peak, {1000 * step * utilization:.1f} ms at the peak",
     )
-    yield "training", f"{steps:,} of {c.iterations:,} steps in {steps * step:.0f} s, {steps * c.batch_tokens:,} tokens"
+    yield "training", f"{steps:,} of {c.iterations:,} steps in {steps / pace:.0f} s, {steps * c.batch_tokens:,} tokens"
 
     script, least = os.path.getsize(train_gpt.__file__), coded_bytes(model, c)
     coarsest = math.ceil(train_gpt.LEAST_BITS * n_codes / 8)
