@@ -1378,6 +1378,29 @@ def warm_up(model: GPT, called, c: Config, dist: Dist) -> None:
             log.info(f"warmup_step:{step + 1}/{c.warmup_steps}")
 
 
+def log_step(step: int, losses: str, elapsed: float, c: Config) -> None:
+    timing = f"train_time:{1000 * elapsed:.0f}ms step_avg:{1000 * elapsed / step:.2f}ms"
+    log.info(f"step:{step}/{c.iterations} {losses} {timing}")
+
+
+def log_loss(step: int, nll: Tensor, clock: Clock, c: Config, dist: Dist) -> str:
+    """Log the loss of a step over all ranks and return the words for it. Raise InputError where it is not finite."""
+    loss = dist.sum(nll).item() / c.batch_tokens
+    if not math.isfinite(loss):
+        rates = f"MATRIX_LR={c.matrix_lr}, SCALAR_LR={c.scalar_lr} and TIED_EMBED_LR={c.tied_embed_lr}"
+        raise InputError(f"train_loss={loss} at step {step}: allowed is a finite one; try lower {rates}")
+    log_step(step, words := f"train_loss:{loss:.4f}", clock.seconds(), c)
+    return words
+
+
+def validate(step: int, called, stream: Stream, clock: Clock, c: Config, dist: Dist) -> None:
+    """Score the stream with the weights of a step and log it; the clock stands still."""
+    elapsed, predictor = clock.seconds(), SlidingWindow("roundtrip", called, c, dist, stride=c.eval_seq_len)
+    x = score(predictor, stream, c.val_batch_size, dist)["roundtrip"]
+    log_step(step, f"val_loss:{x.val_loss:.4f} val_bpb:{x.val_bpb:.4f}", elapsed, c)
+    clock.started = time.perf_counter() - elapsed
+
+
 def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream | None):
     """Train in place. Return (averages, the clock, which runs on, the record's part). Raise InputError at a NaN."""
     called = compiled(model, c, dist.device)
@@ -1416,17 +1439,10 @@ def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream
             pace = max(elapsed / step, elapsed - before if total - step < 19 else 0.0)
             total = min(c.iterations, step + max(0, int((budget - elapsed) / pace)))
         if step <= 5 or step % c.train_log_every == 0 or step >= total:
-            loss = dist.sum(nll).item() / c.batch_tokens
-            if not math.isfinite(loss):
-                rates = f"MATRIX_LR={c.matrix_lr}, SCALAR_LR={c.scalar_lr} and TIED_EMBED_LR={c.tied_embed_lr}"
-                raise InputError(f"train_loss={loss} at step {step}: allowed is a finite one; try lower {rates}")
-            log_step(step, losses := f"train_loss:{loss:.4f}", clock.seconds(), c)
+            losses = log_loss(step, nll, clock, c, dist)
         clock.show(f"step:{step}/{total} {losses}", step * c.batch_tokens, total * c.batch_tokens)
         if c.val_loss_every and step % c.val_loss_every == 0:
-            elapsed, predictor = clock.seconds(), SlidingWindow("roundtrip", called, c, dist, stride=c.eval_seq_len)
-            x = score(predictor, stream, c.val_batch_size, dist)["roundtrip"]
-            log_step(step, f"val_loss:{x.val_loss:.4f} val_bpb:{x.val_bpb:.4f}", elapsed, c)
-            clock.started = time.perf_counter() - elapsed  # validation does not count
+            validate(step, called, stream, clock, c, dist)
         stop = int(dist.max(max(waiting, default=0))) if c.checkpoint_every else 0  # a signal to one rank ends all
         if stop or c.checkpoint_every and step % c.checkpoint_every == 0:
             save_checkpoint((step, log2_step, clock.seconds()), model, optimizers, averages, c)
@@ -1470,11 +1486,6 @@ def load_checkpoint(model: GPT, optimizers: Optimizers, averages: WeightAverages
         if n_ranks != dist.world_size or dist.max(step) > step:
             raise ValueError(f"of step {step} of {n_ranks} ranks; allowed is one step of {dist.world_size} ranks")
     return state["position"]
-
-
-def log_step(step: int, losses: str, elapsed: float, c: Config) -> None:
-    timing = f"train_time:{1000 * elapsed:.0f}ms step_avg:{1000 * elapsed / step:.2f}ms"
-    log.info(f"step:{step}/{c.iterations} {losses} {timing}")
 
 
 @torch.no_grad()
