@@ -1378,6 +1378,33 @@ def warm_up(model: GPT, called, c: Config, dist: Dist) -> None:
             log.info(f"warmup_step:{step + 1}/{c.warmup_steps}")
 
 
+class StepClock(Clock):
+    """The clock of training, and how many steps it allows."""
+
+    def __init__(self, c: Config, dist: Dist):
+        super().__init__(dist)
+        self.c, self.measured = c, 0.0  # seconds when `total` was last estimated
+        self.total = c.iterations  # or fewer, where the budget ends the run
+        self.budget = max(0.0, c.max_wallclock_seconds - c.reserve_seconds)  # 0 = no cap
+
+    def restore(self, step: int, elapsed: float) -> None:
+        """Go on from the seconds that a checkpoint kept, and estimate the total by its average pace."""
+        self.started, self.measured = time.perf_counter() - elapsed, elapsed
+        if self.budget:
+            self.total = min(self.total, max(step, int(step * self.budget / elapsed)))
+
+    def update_total(self, step: int) -> None:
+        """Estimate the total, alike on all ranks, in the first ten steps, each tenth and the last twenty.
+
+        In the others nothing waits for the device, so that the host can run ahead of it.
+        """
+        if self.budget and (step <= 10 or step % 10 == 0 or self.total - step < 20):
+            before, self.measured = self.measured, self.seconds()
+            # Near the end each step is measured: one that takes longer than the average must not overrun the budget.
+            pace = max(self.measured / step, self.measured - before if self.total - step < 19 else 0.0)
+            self.total = min(self.c.iterations, step + max(0, int((self.budget - self.measured) / pace)))
+
+
 def log_step(step: int, losses: str, elapsed: float, c: Config) -> None:
     timing = f"train_time:{1000 * elapsed:.0f}ms step_avg:{1000 * elapsed / step:.2f}ms"
     log.info(f"step:{step}/{c.iterations} {losses} {timing}")
@@ -1401,75 +1428,85 @@ def validate(step: int, called, stream: Stream, clock: Clock, c: Config, dist: D
     clock.started = time.perf_counter() - elapsed
 
 
+@contextmanager
+def hold_signals(c: Config):
+    """With CHECKPOINT_EVERY, collect signals, for the loop inside to look at. Yield their list; raise one that is left.
+
+    After an exception they stay held: the run ends with it.
+    """
+    waiting: list[int] = []
+    if c.checkpoint_every:
+        handle_signals(lambda number, _: waiting.append(number))
+    yield waiting
+    if c.checkpoint_every:
+        handle_signals(interrupt)
+    if waiting:
+        interrupt(waiting[0], None)
+
+
 def train(model: GPT, loader: TrainLoader, c: Config, dist: Dist, stream: Stream | None):
     """Train in place. Return (averages, the clock, which runs on, the record's part). Raise InputError at a NaN."""
     called = compiled(model, c, dist.device)
     log.info(f"train_loader:dataset:{c.data_path} train_shards:{len(loader.shards)} sequences:{loader.n}")
     warm_up(model, called, c, dist)
-    optimizers, clock, averages = Optimizers(model, c, dist), Clock(dist), WeightAverages(model, c)
-    weights, banks, waiting = complement_weights(loader, c), optimizers.muon.banks, []
-    budget = max(0.0, c.max_wallclock_seconds - c.reserve_seconds)
-    step, total, elapsed, losses, log2_step, was = 0, c.iterations, 0.0, "", 0.0, Schedule(0.0, 0.0)
+    optimizers, clock, averages = Optimizers(model, c, dist), StepClock(c, dist), WeightAverages(model, c)
+    weights, banks = complement_weights(loader, c), optimizers.muon.banks
+    step, losses, log2_step, was = 0, "", 0.0, Schedule(0.0, 0.0)
     if c.resume:
         step, log2_step, elapsed = load_checkpoint(model, optimizers, averages, c, dist)
-        if budget:  # as the clock found it there
-            total = min(total, max(step, int(step * budget / elapsed)))
-        clock.started, was = time.perf_counter() - elapsed, schedule(step - 1, total, c)
-    if c.checkpoint_every:  # signals wait for the end of a step
-        handle_signals(lambda number, _: waiting.append(number))
-    while step < total:
-        now = schedule(step, total, c)
-        for part in ("swa", "crown_q", "looped"):
-            if getattr(now, part) and not getattr(was, part):
-                log.info(f"{part}:start step:{step}")
-        model.passes = model.looped if now.looped else model.plain
-        if now.late_qat and not was.late_qat:  # rounds as the export would at this point
-            log2_step = fit_entropy(model, {}, artifact_budget(model, c), c)
-            log.info(f"late_qat:enabled step:{step} scale:{now.lr_scale:.4f} log2_step:{log2_step:.4f}")
-        with late_qat(model, log2_step, c) if now.late_qat else nullcontext():
-            nll = accumulate_gradients(called, loader.batch(step), weights, c)
-        if now.crown_q:
-            (c.crown_q_lambda / dist.world_size * crown_q_penalty(banks, c.quant_bits)).backward()  # ranks add up
-        optimizers.step(now)
-        averages.update(step, now.swa)
-        step, was = step + 1, now
-        # The ranks agree on the clock in the first ten steps, each tenth and the last twenty; else the host runs ahead.
-        if budget and (step <= 10 or step % 10 == 0 or total - step < 20):
-            before, elapsed = elapsed, clock.seconds()
-            pace = max(elapsed / step, elapsed - before if total - step < 19 else 0.0)
-            total = min(c.iterations, step + max(0, int((budget - elapsed) / pace)))
-        if step <= 5 or step % c.train_log_every == 0 or step >= total:
-            losses = log_loss(step, nll, clock, c, dist)
-        clock.show(f"step:{step}/{total} {losses}", step * c.batch_tokens, total * c.batch_tokens)
-        if c.val_loss_every and step % c.val_loss_every == 0:
-            validate(step, called, stream, clock, c, dist)
-        stop = int(dist.max(max(waiting, default=0))) if c.checkpoint_every else 0  # a signal to one rank ends all
-        if stop or c.checkpoint_every and step % c.checkpoint_every == 0:
-            save_checkpoint((step, log2_step, clock.seconds()), model, optimizers, averages, c)
-            log.info(f"checkpoint: step:{step}")
-        if stop:
-            interrupt(stop, None)
-    if c.checkpoint_every:
-        handle_signals(interrupt)
-    if waiting:  # since the last look
-        interrupt(waiting[0], None)
-    if c.num_loops and not was.looped:
+        clock.restore(step, elapsed)
+        was = schedule(step - 1, clock.total, c)
+    with hold_signals(c) as waiting:
+        while step < clock.total:
+            now = schedule(step, clock.total, c)
+            for part in ("swa", "crown_q", "looped"):
+                if getattr(now, part) and not getattr(was, part):
+                    log.info(f"{part}:start step:{step}")
+            model.passes = model.looped if now.looped else model.plain
+            if now.late_qat and not was.late_qat:  # rounds as the export would at this point
+                log2_step = fit_entropy(model, {}, artifact_budget(model, c), c)
+                log.info(f"late_qat:enabled step:{step} scale:{now.lr_scale:.4f} log2_step:{log2_step:.4f}")
+            with late_qat(model, log2_step, c) if now.late_qat else nullcontext():
+                nll = accumulate_gradients(called, loader.batch(step), weights, c)
+            if now.crown_q:
+                (c.crown_q_lambda / dist.world_size * crown_q_penalty(banks, c.quant_bits)).backward()  # ranks add up
+            optimizers.step(now)
+            averages.update(step, now.swa)
+            step, was = step + 1, now
+            clock.update_total(step)
+            if step <= 5 or step % c.train_log_every == 0 or step >= clock.total:
+                losses = log_loss(step, nll, clock, c, dist)
+            clock.show(f"step:{step}/{clock.total} {losses}", step * c.batch_tokens, clock.total * c.batch_tokens)
+            if c.val_loss_every and step % c.val_loss_every == 0:
+                validate(step, called, stream, clock, c, dist)
+            stop = int(dist.max(max(waiting, default=0))) if c.checkpoint_every else 0  # a signal to one rank ends all
+            if stop or c.checkpoint_every and step % c.checkpoint_every == 0:
+                save_checkpoint((step, log2_step, clock.seconds()), model, optimizers, averages, c)
+            if stop:
+                interrupt(stop, None)
+    model.passes = model.looped
+    return averages, clock, train_record(step, was, clock.seconds(), int(optimizers.skipped), c)
+
+
+def train_record(step: int, last: Schedule, seconds: float, skipped: int, c: Config) -> dict:
+    """Log how training ended. Return the `train` part of the run's record."""
+    if c.num_loops and not last.looped:
         log.info(f"looped:never, though scoring will loop: ENABLE_LOOPING_AT={c.enable_looping_at}")
-    elapsed, model.passes = clock.seconds(), model.looped
     if step < c.iterations:
-        log.info(f"stopping_early: wallclock_cap train_time:{1000 * elapsed:.0f}ms step:{step}/{c.iterations}")
-    record = dict(steps=step, tokens=step * c.batch_tokens, skipped_steps=int(optimizers.skipped))
-    log.info(f"skipped_steps:{record['skipped_steps']}")
-    return averages, clock, dict(record, step_avg_ms=round(1000 * elapsed / step, 3), seconds=elapsed)
+        log.info(f"stopping_early: wallclock_cap train_time:{1000 * seconds:.0f}ms step:{step}/{c.iterations}")
+    log.info(f"skipped_steps:{skipped}")
+    pace = round(1000 * seconds / step, 3)
+    return dict(steps=step, tokens=step * c.batch_tokens, skipped_steps=skipped, step_avg_ms=pace, seconds=seconds)
 
 
 def save_checkpoint(position: tuple, model: GPT, optimizers: Optimizers, averages: WeightAverages, c: Config) -> None:
-    """Write this rank's part of all that training goes on from; position: (step, log2_step, seconds)."""
+    """Write this rank's part of all that training goes on from, and log it; position: (step, log2_step, seconds)."""
     state = dict(position=position, world_size=optimizers.dist.world_size, weights=model.state_dict())
     state |= dict(muon=optimizers.muon.state_dict(), adam=optimizers.adam.state_dict(), skipped=optimizers.skipped)
     state |= {name: getattr(averages, name) for name in ("ema", "swa", "swa_count")}
     torch.save(state, buffer := io.BytesIO())
     write_atomically(Path(f"{c.log_dir}/{c.run_id}.{optimizers.dist.rank}.checkpoint"), buffer.getvalue())
+    log.info(f"checkpoint: step:{position[0]}")
 
 
 def load_checkpoint(model: GPT, optimizers: Optimizers, averages: WeightAverages, c: Config, dist: Dist) -> tuple:
@@ -1811,6 +1848,15 @@ def with_artifact(c: Config, header: dict, env: dict[str, str]) -> Config:
     return loaded
 
 
+def as_tensors(data: bytes, dtype: str, shapes: list, compressed: bool = True) -> list[Tensor]:
+    """Return an artifact's part as tensors of these shapes. Raise an error where it has other than their length."""
+    sizes, unpacker = [math.prod(x) for x in shapes], lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[LZMA])
+    most = 1 + sum(sizes) * np.dtype(dtype).itemsize  # one byte more shows a part that is too long, whatever its length
+    raw = unpacker.decompress(data, most) if compressed else data
+    numbers = torch.from_numpy(np.frombuffer(raw, dtype).copy()).split(sizes)
+    return [x.view(shape) for x, shape in zip(numbers, shapes, strict=True)]
+
+
 @refusing("ARTIFACT_PATH: not an artifact of this script")
 def unpack(parts: dict[str, bytes], c: Config, device: torch.device) -> tuple[GPT, BiasNet]:
     """Return the model and the mixer that an artifact's parts hold. Raise InputError where they are none."""
@@ -1819,26 +1865,19 @@ def unpack(parts: dict[str, bytes], c: Config, device: torch.device) -> tuple[GP
     if sum(map(Tensor.numel, empty.parameters())) > 32 * sum(map(len, parts.values())) + 2**24:
         raise ValueError("a model of more than four numbers a bit")
     shapes = [p.shape for p in quantized.values()]
-
-    def read(part: str, dtype: str, shapes: list, packed: bool = True) -> list[Tensor]:
-        sizes, unpacker = [math.prod(x) for x in shapes], lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[LZMA])
-        raw = unpacker.decompress(parts[part], 1 + sum(sizes) * np.dtype(dtype).itemsize) if packed else parts[part]
-        numbers = torch.from_numpy(np.frombuffer(raw, dtype).copy()).split(sizes)
-        return [x.view(shape) for x, shape in zip(numbers, shapes, strict=True)]
-
-    scales = read("scales", "<f2", [(n if c.quant == "int6" else 1,) for n, _ in shapes])
-    rows, caps = (read(part, "i1", [(n,) for n, _ in shapes]) for part in ("rows", "caps"))
-    columns = read("columns", "i1", [(n,) for _, n in shapes])
+    scales = as_tensors(parts["scales"], "<f2", [(n if c.quant == "int6" else 1,) for n, _ in shapes])
+    rows, caps = (as_tensors(parts[part], "i1", [(n,) for n, _ in shapes]) for part in ("rows", "caps"))
+    columns = as_tensors(parts["columns"], "i1", [(n,) for _, n in shapes])
     grids = list(map(Grid, scales, rows, columns, caps, (code_limit(p.role, c) for p in quantized.values())))
     if c.codec == "rans":
-        frequencies = read("frequencies", "<u2", [(Grid.N_EXPONENTS, 256)])[0].numpy().astype(np.int64)
+        (frequencies,) = as_tensors(parts["frequencies"], "<u2", [(Grid.N_EXPONENTS, 256)])
         tables = np.frombuffer(as_bytes(grid.exponents() for grid in grids), dtype=np.uint8)
-        parts = {**parts, "codes": rans_decode(parts["codes"], tables, frequencies).tobytes()}
-    codes = read("codes", "i1", shapes, packed=c.codec == "lzma")
+        parts = {**parts, "codes": rans_decode(parts["codes"], tables, frequencies.numpy().astype(np.int64)).tobytes()}
+    codes = as_tensors(parts["codes"], "i1", shapes, compressed=c.codec == "lzma")
     model, net = make_model(c, device), BiasNet(c)
     load_codes(model, dict(zip(quantized, zip(codes, grids, strict=True), strict=True)))
     for part, params in (("float16", list(by_role(model, "scalar").values())), ("mixer", list(net.parameters()))):
-        stored = read(part, "<f2", [p.shape for p in params], packed=part == "float16")
+        stored = as_tensors(parts[part], "<f2", [p.shape for p in params], compressed=part == "float16")
         torch._foreach_copy_([p.detach() for p in params], stored)
     return model.to(device), net.to(device)
 
