@@ -78,18 +78,46 @@ def thread_pool(n: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
 
 
+class Turns(threading.Barrier):
+    """A barrier for ranks that are threads, of which one runs at a time: to wait for the others is to pass the turn on.
+
+    Torch keeps for the whole process which forms of attention it may use. `train_gpt.attention` asks for one and then
+    restores what it found: of two ranks at the same time, one could get what the other asked for.
+    """
+
+    def __init__(self, n: int):
+        super().__init__(n)
+        self.turn = threading.Lock()
+
+    def wait(self, timeout=None) -> int:
+        self.turn.release()
+        try:
+            return super().wait(timeout)
+        finally:
+            self.turn.acquire()
+
+    def run(self, function, *arguments):
+        """Return function(*arguments) of a rank. Where it stops, the others stop, too, and wait no longer."""
+        with self.turn:
+            try:
+                return function(*arguments)
+            except BaseException:
+                self.abort()
+                raise
+
+
 class ThreadRank(train_gpt.Dist):
     """One of several ranks that are threads of this process, with the collectives that scoring needs."""
 
-    def __init__(self, rank: int, device: torch.device, barrier: threading.Barrier, slots: list):
-        super().__init__(rank, barrier.parties, device)
-        self.barrier, self.slots = barrier, slots
+    def __init__(self, rank: int, device: torch.device, turns: Turns, slots: list):
+        super().__init__(rank, turns.parties, device)
+        self.turns, self.slots = turns, slots
 
     def exchange(self, mine, reduce):
         self.slots[self.rank] = mine
-        self.barrier.wait()
+        self.turns.wait()
         result = reduce(self.slots)
-        self.barrier.wait()
+        self.turns.wait()
         return result
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -103,9 +131,9 @@ class Ranks:
     """The predictors of one pass. Each of at least `n_blocks` parts of a chunk is predicted by all ranks together."""
 
     def __init__(self, run: runs.Run, n_ranks: int = 1, n_blocks: int = 1, ttt_stop: int | None = None):
-        self.run, self.pool, self.barrier = run, thread_pool(n_ranks), threading.Barrier(n_ranks)
+        self.run, self.pool, self.turns = run, thread_pool(n_ranks), Turns(n_ranks)
         slots, device = [None] * n_ranks, run.dist.device
-        dists = [ThreadRank(rank, device, self.barrier, slots) for rank in range(n_ranks)]
+        dists = [ThreadRank(rank, device, self.turns, slots) for rank in range(n_ranks)]
         self.predictors = [run.predictor(ttt_stop, dist) for dist in dists]
         strides = math.ceil(run.chunk_tokens / (n_blocks * n_ranks * self.predictors[0].stride))
         for predictor in self.predictors:
@@ -113,16 +141,8 @@ class Ranks:
         self.rows = n_ranks * self.predictors[0].block_rows
 
     def each(self, function) -> list:
-        """Return function(predictor) of each rank, all at the same time. Raise the error of the one that stopped."""
-
-        def work(predictor):
-            try:
-                return function(predictor)
-            except BaseException:
-                self.barrier.abort()  # the others would wait for it
-                raise
-
-        done = [self.pool.submit(work, predictor) for predictor in self.predictors]
+        """Return function(predictor) of each rank. Raise the error of the one that stopped."""
+        done = [self.pool.submit(self.turns.run, function, predictor) for predictor in self.predictors]
         stopped = [error for error in (x.exception() for x in done) if error]
         if stopped:
             raise min(stopped, key=lambda error: isinstance(error, threading.BrokenBarrierError))
