@@ -18,7 +18,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the first import of Triton, so that its kernels run here
 import train_gpt  # noqa: E402
-from serve import ThreadRank, Turns, thread_pool  # noqa: E402
+from serve import ThreadRank, Turns  # noqa: E402
 
 hypothesis.configuration.set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "hypothesis")
 hypothesis.settings.register_profile("same_every_time", derandomize=True, database=None, deadline=None)
@@ -266,6 +266,4 @@ class ThreadDist(ThreadRank):
 def on_ranks(world_size, function):
     """Return function(dist) of each rank, the ranks in threads."""
     turns, slots = Turns(world_size), [None] * world_size
-    dists = [ThreadDist(rank, torch.device("cpu"), turns, slots) for rank in range(world_size)]
-    with thread_pool(world_size) as threads:
-        return list(threads.map(turns.run, [function] * world_size, dists))
+    return turns.each(function, [ThreadDist(rank, torch.device("cpu"), turns, slots) for rank in range(world_size)])

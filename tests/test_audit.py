@@ -643,29 +643,6 @@ def test_two_ranks_score_as_one_does_and_are_probed(subject, honest_passes):
     np.testing.assert_allclose(honest_passes.two.nll, honest_passes.one.nll, rtol=1e-4, atol=1e-5)
 
 
-def test_the_first_product_of_a_rank_has_the_bits_of_any_other():
-    left, right = torch.rand(5, 64), torch.rand(64, 128)
-    with serve.thread_pool(1) as pool:
-        assert torch.equal(pool.submit(torch.mm, left, right).result(), left @ right)
-
-
-def test_ranks_in_threads_leave_the_forms_of_attention_as_they_were():
-    """Side by side, two ranks left them otherwise in 275 rounds of 300."""
-    (q, k, v), turns, found = torch.rand(3, 1, 16, 2, 8), serve.Turns(2), set()
-
-    def ask(_):
-        for _ in range(50):
-            turns.wait()
-            for backend in ("math", "flash"):
-                train_gpt.attention(q, k, v, backend)
-            turns.wait()
-            found.add((torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()))
-
-    with serve.thread_pool(2) as pool:
-        list(pool.map(turns.run, [ask] * 2, range(2)))
-    assert found == {(True, True)}
-
-
 def test_a_process_of_its_own_gives_the_rows_that_this_one_gives(subject, honest_passes):
     """To the last bit, before and after it learned."""
     here = audit.watched_pass(dataclasses.replace(subject, open_ranks=in_this_process), probes=0)

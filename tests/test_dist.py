@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import train_gpt
+from serve import Turns
 from train_gpt import Clock, Config, Dist, InputError, open_dist, open_log, write_atomically
 
 WORLD = 2
@@ -370,3 +372,30 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
         write_atomically(path, b"second")
     assert files_in(path.parent) == {"x.json": b"first"}
     assert Path(str(caught.value).rpartition(" ")[2]).read_bytes() == b"second"
+
+
+def test_ranks_in_threads_run_one_at_a_time():
+    turns, inside, found = Turns(2), [], set()
+
+    def work(_):
+        for _ in range(3):
+            turns.wait()
+            inside.append(1)
+            time.sleep(0.01)
+            found.add(len(inside))
+            inside.pop()
+
+    turns.each(work, range(2))
+    assert found == {1}
+
+
+def test_of_ranks_in_threads_the_one_that_fails_is_heard():
+    turns = Turns(3)
+    with pytest.raises(ZeroDivisionError):
+        turns.each(lambda rank: 1 / 0 if rank == 1 else turns.wait(), range(3))
+
+
+def test_the_first_product_of_a_rank_in_a_thread_has_the_bits_of_any_other():
+    left, right = torch.rand(5, 64), torch.rand(64, 128)
+    (found,) = Turns(1).each(lambda x: x @ right, [left])
+    assert torch.equal(found, left @ right)

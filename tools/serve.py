@@ -69,48 +69,49 @@ def fingerprint(*predictors) -> bytes:
     return digest.digest()
 
 
-def thread_pool(n: int) -> ThreadPoolExecutor:
-    """Return a pool whose threads compute as this one does.
+class Turns:
+    """Threads for ranks, of which one runs at a time. A rank that waits for the others gives its turn away.
 
-    The first matrix product of a new thread would take all cores, whatever torch.set_num_threads said here, and with
-    five rows that moves bits.
-    """
-    return ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
-
-
-class Turns(threading.Barrier):
-    """A barrier for ranks that are threads, of which one runs at a time: to wait for the others is to pass the turn on.
-
-    Torch keeps for the whole process which forms of attention it may use. `train_gpt.attention` asks for one and then
-    restores what it found: of two ranks at the same time, one could get what the other asked for.
+    Which forms of attention are allowed belongs to the whole process. `train_gpt.attention` sets them and then restores
+    what it found. Two ranks at once could compute with another form than they asked for, and leave it set.
     """
 
     def __init__(self, n: int):
-        super().__init__(n)
-        self.turn = threading.Lock()
+        self.n, self.turn, self.barrier = n, threading.Lock(), threading.Barrier(n)
+        # The first matrix product of a new thread would take all cores, whatever torch.set_num_threads said here, and
+        # with five rows that moves bits.
+        self.pool = ThreadPoolExecutor(n, initializer=torch.set_num_threads, initargs=(torch.get_num_threads(),))
 
-    def wait(self, timeout=None) -> int:
+    def wait(self) -> None:
         self.turn.release()
         try:
-            return super().wait(timeout)
+            self.barrier.wait()
         finally:
             self.turn.acquire()
 
-    def run(self, function, *arguments):
-        """Return function(*arguments) of a rank. Where it stops, the others stop, too, and wait no longer."""
-        with self.turn:
-            try:
-                return function(*arguments)
-            except BaseException:
-                self.abort()
-                raise
+    def each(self, function, items: list) -> list:
+        """Return function(item) of each rank's item. Where one fails, raise its error, not those of ranks that wait."""
+
+        def work(item):
+            with self.turn:
+                try:
+                    return function(item)
+                except BaseException:
+                    self.barrier.abort()
+                    raise
+
+        done = [self.pool.submit(work, item) for item in items]
+        failed = [error for error in (x.exception() for x in done) if error]
+        if failed:
+            raise min(failed, key=lambda error: isinstance(error, threading.BrokenBarrierError))
+        return [x.result() for x in done]
 
 
 class ThreadRank(train_gpt.Dist):
     """One of several ranks that are threads of this process, with the collectives that scoring needs."""
 
     def __init__(self, rank: int, device: torch.device, turns: Turns, slots: list):
-        super().__init__(rank, turns.parties, device)
+        super().__init__(rank, turns.n, device)
         self.turns, self.slots = turns, slots
 
     def exchange(self, mine, reduce):
@@ -131,22 +132,17 @@ class Ranks:
     """The predictors of one pass. Each of at least `n_blocks` parts of a chunk is predicted by all ranks together."""
 
     def __init__(self, run: runs.Run, n_ranks: int = 1, n_blocks: int = 1, ttt_stop: int | None = None):
-        self.run, self.pool, self.turns = run, thread_pool(n_ranks), Turns(n_ranks)
-        slots, device = [None] * n_ranks, run.dist.device
-        dists = [ThreadRank(rank, device, self.turns, slots) for rank in range(n_ranks)]
-        self.predictors = [run.predictor(ttt_stop, dist) for dist in dists]
+        self.run, self.turns, slots = run, Turns(n_ranks), [None] * n_ranks
+        dists = [ThreadRank(rank, run.dist.device, self.turns, slots) for rank in range(n_ranks)]
+        self.predictors = self.turns.each(lambda dist: run.predictor(ttt_stop, dist), dists)
         strides = math.ceil(run.chunk_tokens / (n_blocks * n_ranks * self.predictors[0].stride))
         for predictor in self.predictors:
             predictor.block_rows = min(predictor.block_rows, strides * predictor.stride)
         self.rows = n_ranks * self.predictors[0].block_rows
 
     def each(self, function) -> list:
-        """Return function(predictor) of each rank. Raise the error of the one that stopped."""
-        done = [self.pool.submit(self.turns.run, function, predictor) for predictor in self.predictors]
-        stopped = [error for error in (x.exception() for x in done) if error]
-        if stopped:
-            raise min(stopped, key=lambda error: isinstance(error, threading.BrokenBarrierError))
-        return [x.result() for x in done]
+        """Return function(predictor) of each rank."""
+        return self.turns.each(function, self.predictors)
 
     def predict(self, inputs: Tensor, rows: slice) -> Tensor:
         """Return the rows [m, V] of the final stage, of all ranks in order."""
