@@ -86,6 +86,12 @@ def plain_rows(world, lr):
     return torch.cat(found)
 
 
+def test_a_decoder_needs_no_seed(world):
+    """SEED is no part of the artifact."""
+    *_, tokens = world
+    assert torch.equal(rows_of(lora(world), tokens), rows_of(lora(world, seed=7), tokens))
+
+
 def test_rows_are_those_of_adam_on_one_document_at_a_time(world):
     found = rows_of(lora(world), world[2])
     torch.testing.assert_close(found, plain_rows(world, 0.02), atol=5e-3, rtol=1e-3)  # Adam enlarges rounding
