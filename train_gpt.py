@@ -2506,9 +2506,8 @@ class LoRA(TTT):
         super().__init__(model, c, dist, tokenizer, deadline)
         self.maps = [m for name, m in self.average.named_modules() if name.rpartition(".")[2] in self.MAPS]
         self.attns = [self.average.blocks[layer].attn for layer in self.average.passes]  # one for each pass
-        # Drawn alike in all runs: a decoder has the artifact and no SEED. Adapters begin as no change.
-        generator, parts = torch.Generator().manual_seed(1337), []
-        for n_out, n_in in (m.weight.shape for m in self.maps):
+        generator, parts = torch.Generator().manual_seed(1337), []  # not SEED: a decoder has the artifact alone
+        for n_out, n_in in (m.weight.shape for m in self.maps):  # the second map is zero: adapters begin as no change
             parts.append(torch.empty(c.ttt_lora_rank, n_in).uniform_(-(n_in**-0.5), n_in**-0.5, generator=generator))
             parts.append(torch.zeros(n_out, c.ttt_lora_rank))
         self.shapes, adapters = [x.shape for x in parts], torch.cat([x.flatten() for x in parts])

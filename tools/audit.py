@@ -259,8 +259,9 @@ class Passes:
 
 def causal(subject: Subject, passes: Passes) -> tuple[bool, str]:
     """Check condition 1: what stands behind a position moves no row up to that position's."""
-    ledgers = passes.alone, [passes.two] if passes.two else []
-    probes, (by_one, by_two) = sum(x.probes for x in sum(ledgers, [])), (sum(x.moved_rows for x in y) for y in ledgers)
+    two = [passes.two] if passes.two else []
+    probes = sum(x.probes for x in [*passes.alone, *two])
+    by_one, by_two = (sum(x.moved_rows for x in ledgers) for ledgers in (passes.alone, two))
     figure = f"another future at {probes} positions: {by_one} rows moved by 1 rank, {by_two} by 2"
     return probes > 0 and not by_one + by_two, figure
 

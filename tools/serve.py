@@ -89,7 +89,7 @@ class Turns:
         finally:
             self.turn.acquire()
 
-    def each(self, function, items: list) -> list:
+    def each(self, function, items) -> list:
         """Return function(item) of each rank's item. Where one fails, raise its error, not those of ranks that wait."""
 
         def work(item):
