@@ -356,6 +356,7 @@ def test_a_plan_says_what_does_not_fit():
     assert plan.margin(12.0, 10.0, "s", "all") == "12 of 10 s, OVER by 2 (all)"
 
 
+@pytest.mark.slow
 def test_planned_memory_holds_weights_states_and_activations(tiny_config):
     """Weights, gradients, two averages, and AdamW's and Muon's states; more sequences at a time hold more."""
     c = tiny_config(micro_batch_tokens=128, train_batch_tokens=1024)

@@ -828,6 +828,7 @@ def test_what_is_no_checkpoint_of_such_a_model_is_refused(run, unbroken, folder)
     assert_refused(scored, "RESUME=", "none with PHASE=eval")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "line, number, long",
     [

@@ -80,6 +80,7 @@ def test_samples_are_drawn_until_there_are_enough(make_spec, sampler):
     assert all(0.001 <= float(lr) <= 0.1 and epochs in "123" for lr, epochs, _ in map(str.split, found))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_sweep_that_is_killed_goes_on(make_spec, tmp_path, how):
     path = make_spec("SEED = [1, 2, 3, 4]", slots=["", ""])
@@ -171,6 +172,7 @@ def test_seeds_that_are_close_are_still_apart(make_spec):
     assert len(run(make_spec("SEED = [20250101, 20250102, 20250103]"))) == 3
 
 
+@pytest.mark.slow
 def test_two_sweeps_share_a_study(make_spec, tmp_path):
     """As two machines with one database would, the second one started a little later."""
     path = make_spec("SEED = [1, 2, 3, 4, 5, 6]")
