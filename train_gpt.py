@@ -133,6 +133,8 @@ class Config:
     loop_start: int = setting(3, 0, shape=True)
     loop_end: int = setting(5, 0, shape=True)
     enable_looping_at: float = setting(0.35, 0.0, 1.0)  # part of the steps, or of the time where the clock ends the run
+    parallel_lanes: bool = setting(False, shape=True)  # attention reads one, the MLP the other, and both write to both,
+    parallel_start_layer: int = setting(8, 0, shape=True)  # from this layer on; the lanes' mean goes to the head
     qk_gain_init: float = setting(1.5, 0.0)
     logit_softcap: float = setting(30.0, 0.0, shape=True)  # 0 = none
     doc_isolated: bool = setting(False, score=True)  # no attention across a BOS; scoring's windows begin at it
@@ -256,6 +258,8 @@ class Config:
         yield "ve_layers", set(c.ve_layers) <= set(range(c.num_layers)), f"layers below NUM_LAYERS={c.num_layers}"
         inside = not c.num_loops or c.loop_start <= c.loop_end < c.num_layers
         yield "loop_end", inside, f"a layer below NUM_LAYERS={c.num_layers} and not before LOOP_START={c.loop_start}"
+        first, allowed = c.loop_end + 1 if c.num_loops else 0, "a layer of the model, behind the loops"
+        yield "parallel_start_layer", not c.parallel_lanes or first <= c.parallel_start_layer < c.num_layers, allowed
         yield "gate_window", c.gate_window <= c.model_dim, f"at most MODEL_DIM={c.model_dim}"
         yield "bigram_vocab_size", c.bigram_vocab_size != 1, "0 (none), or 2 or more"
         yield "train_batch_tokens", c.batch_seqs > 0, f"at least TRAIN_SEQ_LEN={c.train_seq_len}"
@@ -302,7 +306,7 @@ class Config:
 def refuse_unknown(env: dict[str, str], known: list[str]) -> None:
     """Raise InputError for a variable that looks like a setting and is none, or that the field's other scripts read."""
     general = {"RUN", "LOG", "DATA", "NUM", "MAX", "MIN", "MODEL", "TORCH", "TOKENIZER", "TRAIN", "EVAL", "DIST"}
-    general |= {"DEVICE", "ENABLE", "SKIP"}
+    general |= {"DEVICE", "ENABLE", "SKIP", "PARALLEL"}
     families = {name.partition("_")[0] for name in known if "_" in name} - general  # whose names others use too
     others = " ".join(path.read_text() for path in CONFIGS.glob("*.txt")).split()
     for name in sorted(env.keys() - set(known)):
@@ -1042,7 +1046,10 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each on the normed input; the stem's output x0 is mixed in first."""
+    """Attention, then MLP, each on the normed input; the stem's output x0 is mixed in first.
+
+    With two lanes, both work at once: attention reads lane x, the MLP `lane`, and each writes to both (PR #1529).
+    """
 
     def __init__(self, c: Config, layer: int, kernels: Kernels):
         super().__init__()
@@ -1054,14 +1061,22 @@ class Block(nn.Module):
         self.resid_mix = parameter("scalar", init=torch.stack([ones, 0 * ones]))
         self.attn_scale, self.mlp_scale = (parameter("scalar", init=ones) for _ in range(2))
         self.input_scale = 1 / math.sqrt(layer + 1) if c.layer_scale else 1.0
+        routes = torch.tensor([[1.1, 1.1], [1.0, 1.0], [1.0, 1.0]])  # by lane: what it keeps, of attention, of the MLP
+        self.routes = parameter("scalar", init=routes) if c.parallel_lanes and layer >= c.parallel_start_layer else None
 
-    def forward(self, x: Tensor, x0: Tensor, rotary, v_first: Tensor | None, v_extra: Tensor | None, bounds):
-        """Return (x [B, T, C], v [B, T, KV, D]) for x, x0 [B, T, C]."""
+    def forward(self, x: Tensor, x0: Tensor, lane: Tensor | None, rotary: Tensor, v_first, v_extra, bounds):
+        """Return (x [B, T, C], the other lane [B, T, C] or None, v [B, T, KV, D]) for x, x0 and lane [B, T, C]."""
         mix, attn_scale, mlp_scale = (p.to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
-        x = mix[0] * x + mix[1] * x0
-        y, v = self.attn(rms_norm(x) * self.input_scale, rotary, v_first, v_extra, bounds)
-        x = x + attn_scale * y
-        return x + mlp_scale * self.down(self.up(rms_norm(x) * self.input_scale)), v
+        mixed = mix[0] * x + mix[1] * x0
+        y, v = self.attn(rms_norm(mixed) * self.input_scale, rotary, v_first, v_extra, bounds)
+        y = attn_scale * y
+        read = mixed + y if lane is None else lane
+        z = mlp_scale * self.down(self.up(rms_norm(read) * self.input_scale))
+        if lane is None:
+            return read + z, None, v
+        keep, of_attention, of_mlp = self.routes.to(x.dtype)
+        x, lane = (keep[i] * old + of_attention[i] * y + of_mlp[i] * z for i, old in enumerate((x, lane)))
+        return x, lane, v
 
 
 class GPT(nn.Module):
@@ -1082,6 +1097,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(c, layer, kernels) for layer in range(c.num_layers))
         layers, end = tuple(range(c.num_layers)), c.loop_end + 1
         self.plain, self.looped = layers, layers[:end] + layers[c.loop_start : end] * c.num_loops + layers[end:]
+        self.parallel_start = c.parallel_start_layer if c.parallel_lanes else None
         self.passes = self.looped  # the layers in their order; training begins with the plain one (PR #1394)
         # U-Net: the second half of the passes takes back what the first half put out, latest first.
         n_skips = len(self.looped) // 2 if c.unet_skips else 0
@@ -1114,22 +1130,23 @@ class GPT(nn.Module):
         x = x if self.smear is None else self.smear(x, tokens)
         first = 0 if mask is None else tokens.shape[1] - mask.shape[2]
         x = x0 = rms_norm(x[:, first:])
-        v_first, v_extra, skips = None, {}, []
+        lane, v_first, v_extra, skips = None, None, {}, []
         bounds = document_bounds(tokens, self.bos_id, self.backend) if self.isolated and mask is None else mask
         if self.ve_layers:
             value = self.value_proj(self.value_emb(tokens[:, first:]).to(x.dtype))
             v_extra = {n: s.to(x.dtype) * value for n, s in zip(self.ve_layers, self.value_scale, strict=True)}
         n_skips = min(len(self.skip_scale), len(self.passes) // 2)
         for position, layer in enumerate(self.passes):
+            lane = x if layer == self.parallel_start else lane
             if position >= n_skips and skips:
                 i = position + len(self.skip_scale) - 2 * n_skips  # a pair of layers keeps its own when loops begin
                 skip, gate = self.skip_scale[i].to(x.dtype) * skips.pop(), self.skip_gate
                 x = x + skip if gate is None else torch.lerp(skip, x, torch.sigmoid(gate[i]).to(x.dtype))
-            x, v = self.blocks[layer](x, x0, self.rotary, v_first, v_extra.get(layer), bounds)
+            x, lane, v = self.blocks[layer](x, x0, lane, self.rotary, v_first, v_extra.get(layer), bounds)
             v_first = v if v_first is None else v_first
             if position < n_skips:
                 skips.append(x)
-        x = rms_norm(x)[:, -keep:]  # all positions where keep is 0
+        x = rms_norm(x if lane is None else (x + lane) / 2)[:, -keep:]  # all positions where keep is 0
         logits = F.linear(x, self.tok_emb.weight.to(x.dtype)) if self.head is None else self.head(x)
         if targets is None:
             return softcap(logits, self.logit_softcap)

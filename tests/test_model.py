@@ -71,15 +71,16 @@ def plain_logits(model, c, tokens):
     x = norm(torch.stack([x[t] if alone[t] else x[t] + gates[t] * x[t - 1] for t in range(n)]))
     looped, order = [*range(c.loop_start, c.loop_end + 1)], [*range(c.num_layers)]
     order[c.loop_end + 1 : c.loop_end + 1] = looped * c.num_loops
-    x0, first_value, kept, half_depth = x, None, [], len(order) // 2
+    x0, lane, first_value, kept, half_depth = x, None, None, [], len(order) // 2
     for position, layer in enumerate(order):
         w = {name.partition(f"blocks.{layer}.")[2]: value for name, value in p.items()}
+        lane = x if c.parallel_lanes and layer == c.parallel_start_layer else lane
         if position >= half_depth and kept:
             skip = p["skip_scale"][position - half_depth] * kept.pop()
             gate = torch.sigmoid(p["skip_gate"][position - half_depth]) if c.skip_gates_enabled else 1
             x = gate * x + (1 - gate if c.skip_gates_enabled else 1) * skip
-        x = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
-        h = norm(x) / (layer + 1) ** 0.5
+        mixed = w["resid_mix"][0] * x + w["resid_mix"][1] * x0
+        h = norm(mixed) / (layer + 1) ** 0.5
         q, k, v = ((h @ w[f"attn.{name}.weight"].T).view(n, -1, hd) for name in "qkv")
         own = v
         if layer in c.ve_layers:
@@ -97,12 +98,20 @@ def plain_logits(model, c, tokens):
                 y[:, head] -= along[:, None] * own_value
         if c.gate_window:
             y = y * torch.sigmoid(0.5 * h[:, : c.gate_window] @ w["attn.gate"].T)[:, :, None]
-        x = x + w["attn_scale"] * (y.reshape(n, -1) @ w["attn.out.weight"].T)
-        up = norm(x) / (layer + 1) ** 0.5 @ w["up.weight"].T
-        x = x + w["mlp_scale"] * (torch.where(up > 0, up, c.leaky_slope * up).square() @ w["down.weight"].T)
+        of_attention = w["attn_scale"] * (y.reshape(n, -1) @ w["attn.out.weight"].T)
+        up = norm(mixed + of_attention if lane is None else lane) / (layer + 1) ** 0.5 @ w["up.weight"].T
+        of_mlp = w["mlp_scale"] * (torch.where(up > 0, up, c.leaky_slope * up).square() @ w["down.weight"].T)
+        if lane is None:
+            x = mixed + of_attention + of_mlp
+        else:
+            r = w["routes"]
+            x, lane = (
+                r[0, 0] * x + r[1, 0] * of_attention + r[2, 0] * of_mlp,
+                r[0, 1] * lane + r[1, 1] * of_attention + r[2, 1] * of_mlp,
+            )
         if position < half_depth:
             kept.append(x)
-    logits = norm(x) @ p["tok_emb.weight"].T
+    logits = norm(x if lane is None else (x + lane) / 2) @ p["tok_emb.weight"].T
     return c.logit_softcap * torch.tanh(logits / c.logit_softcap)
 
 
@@ -110,6 +119,7 @@ SIZES = [
     {},
     dict(num_layers=5, num_kv_heads=0, ve_layers=(1, 3), xsa_last_n=5),
     dict(num_layers=5, ve_layers=(2,), loop_start=1, loop_end=2, num_loops=2, skip_gates_enabled=True, gate_window=4),
+    dict(num_layers=5, ve_layers=(4,), parallel_lanes=True, parallel_start_layer=3, xsa_last_n=1),
 ]
 
 
