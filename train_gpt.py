@@ -133,8 +133,8 @@ class Config:
     loop_start: int = setting(3, 0, shape=True)
     loop_end: int = setting(5, 0, shape=True)
     enable_looping_at: float = setting(0.35, 0.0, 1.0)  # part of the steps, or of the time where the clock ends the run
-    parallel_lanes: bool = setting(False, shape=True)  # attention reads one, the MLP the other, and both write to both,
-    parallel_start_layer: int = setting(8, 0, shape=True)  # from this layer on; the lanes' mean goes to the head
+    lanes: bool = setting(False, shape=True)  # two: attention reads the first, the MLP the second, both write to both
+    lanes_start_layer: int = setting(8, 0, shape=True)  # the first layer with two lanes; the head reads their mean
     qk_gain_init: float = setting(1.5, 0.0)
     logit_softcap: float = setting(30.0, 0.0, shape=True)  # 0 = none
     doc_isolated: bool = setting(False, score=True)  # no attention across a BOS; scoring's windows begin at it
@@ -170,6 +170,7 @@ class Config:
     muon_backend_steps: int = setting(5, 1, 20)  # Newton-Schulz iterations
     polar_express: bool = setting(False)  # their coefficients by Polar Express, one triple an iteration
     muon_row_norm: bool = setting(True)  # of what is orthogonalized (MuonEq-R, PR #1394)
+    muon_row_beta2: float = setting(0.0, 0.0, 0.9999)  # of a running mean square, which evens out the rows; 0 = none
     muon_wd: float = setting(0.04, 0.0)
     adam_wd: float = setting(0.04, 0.0)
     beta1: float = setting(0.9, 0.0, 0.9999, score=True)
@@ -258,8 +259,9 @@ class Config:
         yield "ve_layers", set(c.ve_layers) <= set(range(c.num_layers)), f"layers below NUM_LAYERS={c.num_layers}"
         inside = not c.num_loops or c.loop_start <= c.loop_end < c.num_layers
         yield "loop_end", inside, f"a layer below NUM_LAYERS={c.num_layers} and not before LOOP_START={c.loop_start}"
-        first, allowed = c.loop_end + 1 if c.num_loops else 0, "a layer of the model, behind the loops"
-        yield "parallel_start_layer", not c.parallel_lanes or first <= c.parallel_start_layer < c.num_layers, allowed
+        starts = range(c.loop_end + 1 if c.num_loops else 0, c.num_layers)  # no lanes inside the loops
+        allowed = not c.lanes or c.lanes_start_layer in starts
+        yield "lanes_start_layer", allowed, f"a layer from {starts.start} to {c.num_layers - 1}"
         yield "gate_window", c.gate_window <= c.model_dim, f"at most MODEL_DIM={c.model_dim}"
         yield "bigram_vocab_size", c.bigram_vocab_size != 1, "0 (none), or 2 or more"
         yield "train_batch_tokens", c.batch_seqs > 0, f"at least TRAIN_SEQ_LEN={c.train_seq_len}"
@@ -306,7 +308,7 @@ class Config:
 def refuse_unknown(env: dict[str, str], known: list[str]) -> None:
     """Raise InputError for a variable that looks like a setting and is none, or that the field's other scripts read."""
     general = {"RUN", "LOG", "DATA", "NUM", "MAX", "MIN", "MODEL", "TORCH", "TOKENIZER", "TRAIN", "EVAL", "DIST"}
-    general |= {"DEVICE", "ENABLE", "SKIP", "PARALLEL"}
+    general |= {"DEVICE", "ENABLE", "SKIP"}
     families = {name.partition("_")[0] for name in known if "_" in name} - general  # whose names others use too
     others = " ".join(path.read_text() for path in CONFIGS.glob("*.txt")).split()
     for name in sorted(env.keys() - set(known)):
@@ -1048,7 +1050,7 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Attention, then MLP, each on the normed input; the stem's output x0 is mixed in first.
 
-    With two lanes, both work at once: attention reads lane x, the MLP `lane`, and each writes to both (PR #1529).
+    Where there are two lanes, attention reads x and the MLP reads `lane`; both results go to both (PR #1529).
     """
 
     def __init__(self, c: Config, layer: int, kernels: Kernels):
@@ -1062,10 +1064,10 @@ class Block(nn.Module):
         self.attn_scale, self.mlp_scale = (parameter("scalar", init=ones) for _ in range(2))
         self.input_scale = 1 / math.sqrt(layer + 1) if c.layer_scale else 1.0
         routes = torch.tensor([[1.1, 1.1], [1.0, 1.0], [1.0, 1.0]])  # by lane: what it keeps, of attention, of the MLP
-        self.routes = parameter("scalar", init=routes) if c.parallel_lanes and layer >= c.parallel_start_layer else None
+        self.routes = parameter("scalar", init=routes) if c.lanes and layer >= c.lanes_start_layer else None
 
     def forward(self, x: Tensor, x0: Tensor, lane: Tensor | None, rotary: Tensor, v_first, v_extra, bounds):
-        """Return (x [B, T, C], the other lane [B, T, C] or None, v [B, T, KV, D]) for x, x0 and lane [B, T, C]."""
+        """Return (x [B, T, C], lane, v [B, T, KV, D]) for x, x0 and lane [B, T, C]; without lanes, lane is None."""
         mix, attn_scale, mlp_scale = (p.to(x.dtype) for p in (self.resid_mix, self.attn_scale, self.mlp_scale))
         mixed = mix[0] * x + mix[1] * x0
         y, v = self.attn(rms_norm(mixed) * self.input_scale, rotary, v_first, v_extra, bounds)
@@ -1097,7 +1099,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(c, layer, kernels) for layer in range(c.num_layers))
         layers, end = tuple(range(c.num_layers)), c.loop_end + 1
         self.plain, self.looped = layers, layers[:end] + layers[c.loop_start : end] * c.num_loops + layers[end:]
-        self.parallel_start = c.parallel_start_layer if c.parallel_lanes else None
+        self.lanes_start = c.lanes_start_layer if c.lanes else None
         self.passes = self.looped  # the layers in their order; training begins with the plain one (PR #1394)
         # U-Net: the second half of the passes takes back what the first half put out, latest first.
         n_skips = len(self.looped) // 2 if c.unet_skips else 0
@@ -1137,7 +1139,7 @@ class GPT(nn.Module):
             v_extra = {n: s.to(x.dtype) * value for n, s in zip(self.ve_layers, self.value_scale, strict=True)}
         n_skips = min(len(self.skip_scale), len(self.passes) // 2)
         for position, layer in enumerate(self.passes):
-            lane = x if layer == self.parallel_start else lane
+            lane = x if layer == self.lanes_start else lane
             if position >= n_skips and skips:
                 i = position + len(self.skip_scale) - 2 * n_skips  # a pair of layers keeps its own when loops begin
                 skip, gate = self.skip_scale[i].to(x.dtype) * skips.pop(), self.skip_gate
@@ -1202,6 +1204,16 @@ def zeropower(bank: Tensor, steps: int, dtype: torch.dtype, triples=JORDAN) -> T
     return x.mT if tall else x
 
 
+def even_rows(update: Tensor, state: dict, beta2: float) -> Tensor:
+    """Return [n, rows, cols]: rows over their running size, matrices at their norm (NorMuon, arXiv 2510.05491)."""
+    x = update.float()
+    square = x.square().mean(-1, keepdim=True)
+    state["row_squares"] = running = square.lerp(state.get("row_squares", torch.zeros_like(square)), beta2)
+    even = x * running.clamp(min=1e-12).rsqrt()
+    old, new = (y.norm(dim=(-2, -1), keepdim=True) for y in (x, even))
+    return (even * (old / new.clamp(min=1e-12))).to(update.dtype)
+
+
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalized by Newton-Schulz, for banks of matrices of one shape (Parallel Muon, PR #399).
 
@@ -1237,6 +1249,7 @@ class Muon(torch.optim.Optimizer):
             update = shard.add(buffer, alpha=momentum)  # Nesterov's
             update = F.normalize(update, dim=-1) if self.c.muon_row_norm else update
             update = zeropower(update, self.c.muon_backend_steps, self.dtype, self.triples)
+            update = even_rows(update, state, self.c.muon_row_beta2) if self.c.muon_row_beta2 else update
             self.gathered.append(self.dist.all_gather(update))
 
     @torch.no_grad()

@@ -115,7 +115,7 @@ def test_a_near_miss_is_told_the_right_name(name, meant):
 
 # Names that other programs use too. A setting of such a family is caught if it is nearly one of ours, and only then.
 GENERAL = {"RUN", "LOG", "DATA", "NUM", "MAX", "MIN", "MODEL", "TORCH", "TOKENIZER", "TRAIN", "EVAL", "DIST"}
-GENERAL |= {"ENABLE", "SKIP", "PARALLEL"}
+GENERAL |= {"ENABLE", "SKIP"}
 FAMILIES = sorted({name.partition("_")[0] for name in NAMES if "_" in name} - GENERAL)
 
 
@@ -202,8 +202,8 @@ def test_ordinary_variables_are_left_alone(env):
         (dict(VE_LAYERS="-1"), "VE_LAYERS=-1"),
         (dict(NUM_LAYERS="4"), "VE_LAYERS=9,10"),
         (dict(NUM_LOOPS="2", LOOP_START="6"), "LOOP_END=5"),
-        (dict(PARALLEL_LANES="1", PARALLEL_START_LAYER="11"), "PARALLEL_START_LAYER=11"),
-        (dict(PARALLEL_LANES="1", PARALLEL_START_LAYER="5", NUM_LOOPS="2"), "PARALLEL_START_LAYER=5"),
+        (dict(LANES="1", LANES_START_LAYER="11"), "LANES_START_LAYER=11"),
+        (dict(LANES="1", LANES_START_LAYER="5", NUM_LOOPS="2"), "LANES_START_LAYER=5"),
         (dict(NUM_LAYERS="4"), "NUM_LAYERS=4"),
         (dict(BIGRAM_VOCAB_SIZE="1"), "BIGRAM_VOCAB_SIZE=1"),
         (dict(TRAIN_BATCH_TOKENS="2047"), "TRAIN_BATCH_TOKENS=2047"),
@@ -478,8 +478,8 @@ OTHER_SHAPE = dict(
     num_loops=1,
     loop_start=1,
     loop_end=0,
-    parallel_lanes=True,
-    parallel_start_layer=3,
+    lanes=True,
+    lanes_start_layer=3,
     logit_softcap=1.0,
     tie_embeddings=False,
 )
@@ -521,8 +521,8 @@ def test_each_setting_of_the_coding_changes_the_file_and_not_the_model(name, tin
 
 @pytest.mark.parametrize("name", OTHER_SHAPE)
 def test_each_shape_setting_changes_the_model(name, tiny_config):
-    parts = dict(num_layers=4, num_loops=2, loop_start=0, loop_end=1, parallel_start_layer=2)
-    parts |= dict(parallel_lanes=name == "parallel_start_layer")
+    parts = dict(num_layers=4, num_loops=2, loop_start=0, loop_end=1, lanes_start_layer=2)
+    parts |= dict(lanes=name == "lanes_start_layer")
     c, other = tiny_config(**parts), tiny_config(**parts | {name: OTHER_SHAPE[name]})
     before, after = logits_of(c), logits_of(other)
     assert before.shape != after.shape or not torch.allclose(before, after, atol=1e-4)

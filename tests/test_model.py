@@ -74,7 +74,7 @@ def plain_logits(model, c, tokens):
     x0, lane, first_value, kept, half_depth = x, None, None, [], len(order) // 2
     for position, layer in enumerate(order):
         w = {name.partition(f"blocks.{layer}.")[2]: value for name, value in p.items()}
-        lane = x if c.parallel_lanes and layer == c.parallel_start_layer else lane
+        lane = x if c.lanes and layer == c.lanes_start_layer else lane
         if position >= half_depth and kept:
             skip = p["skip_scale"][position - half_depth] * kept.pop()
             gate = torch.sigmoid(p["skip_gate"][position - half_depth]) if c.skip_gates_enabled else 1
@@ -119,7 +119,8 @@ SIZES = [
     {},
     dict(num_layers=5, num_kv_heads=0, ve_layers=(1, 3), xsa_last_n=5),
     dict(num_layers=5, ve_layers=(2,), loop_start=1, loop_end=2, num_loops=2, skip_gates_enabled=True, gate_window=4),
-    dict(num_layers=5, ve_layers=(4,), parallel_lanes=True, parallel_start_layer=3, xsa_last_n=1),
+    dict(num_layers=5, ve_layers=(4,), lanes=True, lanes_start_layer=1, xsa_last_n=1),
+    dict(num_layers=5, loop_start=1, loop_end=2, num_loops=1, skip_gates_enabled=True, lanes=True, lanes_start_layer=3),
 ]
 
 

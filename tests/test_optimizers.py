@@ -176,7 +176,7 @@ def five_steps(config, dist, restart_after=None):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_new_optimizers_go_on_from_a_state_dict_bit_for_bit(tiny_config, world_size):
-    config = tiny_config()
+    config = tiny_config(muon_row_beta2=0.9)
     through, restarted = (on_ranks(world_size, lambda dist, n=n: five_steps(config, dist, n)) for n in (None, 3))
     for rank in range(world_size):
         assert all(torch.equal(a, b) for a, b in zip(through[rank], restarted[rank], strict=True))
@@ -225,9 +225,10 @@ def test_two_and_three_processes_make_the_steps_of_one(tiny_config, tmp_path):
             torch.testing.assert_close(b, a, atol=1e-5, rtol=0)
 
 
-def test_eight_ranks_make_the_steps_of_one(tiny_config):
+@pytest.mark.parametrize("muon_row_beta2", [0.0, 0.9])
+def test_eight_ranks_make_the_steps_of_one(tiny_config, muon_row_beta2):
     """No bank is a multiple of 8 ranks, and some ranks have nothing but padding."""
-    config = tiny_config(num_layers=3)
+    config = tiny_config(num_layers=3, muon_row_beta2=muon_row_beta2)
     alone = five_steps(config, Dist())
     for rank in on_ranks(8, lambda dist: five_steps(config, dist)):
         for a, b in zip(alone, rank, strict=True):
@@ -255,6 +256,33 @@ def test_rows_are_normed_before_they_are_orthogonalized(tiny_config):
         muon_step(Muon([p], 1.0, 0.0, tiny_config(muon_row_norm=row_norm, muon_wd=0.0), Dist()))
         moved[row_norm] = p.detach()[3].norm().item() / p.detach().norm(dim=1).median().item()
     assert moved[False] < 1e-2 and moved[True] > 0.5
+
+
+def test_even_rows_is_the_formula_of_normuon_matrix_by_matrix():
+    state, squares = {}, torch.zeros(2, 6, dtype=torch.float64)
+    for step in range(4):
+        bank = torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(step)) * torch.tensor([1, 9])[:, None, None]
+        found = train_gpt.even_rows(bank, state, 0.9)
+        for i, matrix in enumerate(bank.double()):
+            squares[i] = 0.9 * squares[i] + 0.1 * (matrix**2).sum(1) / 4
+            even = matrix / squares[i, :, None].sqrt()
+            torch.testing.assert_close(found[i].double(), even * matrix.norm() / even.norm(), atol=1e-5, rtol=1e-4)
+
+
+def test_even_rows_keeps_zeros_and_the_type():
+    bank = torch.randn(2, 5, 4).bfloat16()
+    bank[0, 2], bank[1] = 0, 0
+    found = train_gpt.even_rows(bank, {}, 0.9)
+    assert found.dtype == bank.dtype and found.isfinite().all() and not found[0, 2].any() and not found[1].any()
+
+
+def test_rows_are_evened_out_after_they_are_orthogonalized(tiny_config):
+    for beta2, even in ((0.0, False), (0.9, True)):
+        p = torch.nn.Parameter(torch.zeros(20, 12))
+        p.grad = torch.randn(20, 12, generator=torch.Generator().manual_seed(0))
+        muon_step(Muon([p], 1.0, 0.0, tiny_config(muon_row_beta2=beta2, muon_wd=0.0), Dist()))
+        norms = p.detach().norm(dim=1)
+        assert ((norms.max() / norms.min()).item() < 1.01) == even
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
