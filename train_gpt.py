@@ -170,7 +170,7 @@ class Config:
     muon_backend_steps: int = setting(5, 1, 20)  # Newton-Schulz iterations
     polar_express: bool = setting(False)  # their coefficients by Polar Express, one triple an iteration
     muon_row_norm: bool = setting(True)  # of what is orthogonalized (MuonEq-R, PR #1394)
-    muon_row_beta2: float = setting(0.0, 0.0, 0.9999)  # of a running mean square, which evens out the rows; 0 = none
+    muon_row_beta2: float = setting(0.0, 0.0, 0.9999)  # of NorMuon's running mean square of a row; 0 = none
     muon_wd: float = setting(0.04, 0.0)
     adam_wd: float = setting(0.04, 0.0)
     beta1: float = setting(0.9, 0.0, 0.9999, score=True)
@@ -260,8 +260,7 @@ class Config:
         inside = not c.num_loops or c.loop_start <= c.loop_end < c.num_layers
         yield "loop_end", inside, f"a layer below NUM_LAYERS={c.num_layers} and not before LOOP_START={c.loop_start}"
         starts = range(c.loop_end + 1 if c.num_loops else 0, c.num_layers)  # no lanes inside the loops
-        allowed = not c.lanes or c.lanes_start_layer in starts
-        yield "lanes_start_layer", allowed, f"a layer from {starts.start} to {c.num_layers - 1}"
+        yield "lanes_start_layer", not c.lanes or c.lanes_start_layer in starts, f"{starts.start} to {c.num_layers - 1}"
         yield "gate_window", c.gate_window <= c.model_dim, f"at most MODEL_DIM={c.model_dim}"
         yield "bigram_vocab_size", c.bigram_vocab_size != 1, "0 (none), or 2 or more"
         yield "train_batch_tokens", c.batch_seqs > 0, f"at least TRAIN_SEQ_LEN={c.train_seq_len}"

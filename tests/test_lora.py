@@ -126,18 +126,9 @@ def test_adapters_stay_as_they_are_once_the_time_for_adapting_is_over(world):
     assert (live[2 * CHUNK :] - free[2 * CHUNK :]).abs().max() > 0.05
 
 
-def test_looped_layers_keep_the_past_of_each_pass_and_lanes_follow(tiny_config, world):
-    c = dataclasses.replace(
-        world[0],
-        num_layers=3,
-        num_loops=1,
-        loop_start=1,
-        loop_end=1,
-        ve_layers=(2,),
-        ttt_lora_lr=0.0,
-        lanes=True,
-        lanes_start_layer=2,
-    )
+def test_looped_layers_keep_the_past_of_each_pass_and_lanes_follow(world):
+    parts = dict(num_loops=1, loop_start=1, loop_end=1, lanes=True, lanes_start_layer=2)
+    c = dataclasses.replace(world[0], num_layers=3, ve_layers=(2,), ttt_lora_lr=0.0, **parts)
     tokens, model = world[2], build(c)
     found = rows_of(lora((c, model, tokens)), tokens)
     sliding = rows_of(SlidingWindow("ttt", model, c, Dist(), 8), tokens)
